@@ -1,0 +1,326 @@
+"""The archive: a tar.gz of the parts with their metadata.json, backup.log and RESTORE.md; and reading it back."""
+
+from __future__ import annotations
+
+import io
+import json
+import tarfile
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import closing
+from datetime import datetime
+from pathlib import PurePosixPath
+from typing import Any
+
+from celery import Task
+
+from tasks import handbook
+from tasks.step import perform
+from workers import catalog, streams
+from workers.app import app
+from workers.catalog import Artifact, Run, Step
+from workers.component import Part
+from workers.errors import IntegrityError, ObjectExists, ObjectNotFound
+from workers.locks import Lease
+from workers.progress import Progress
+from workers.secret import Strict
+from workers.settings import Settings, get_settings
+from workers.storage import Store, open_store
+from workers.streams import Digest
+
+FORMAT_VERSION = 1
+SUFFIX = ".tar.gz"
+SIDECAR_SUFFIX = ".metadata.json"
+CHUNK = 1 << 20
+
+
+class RunRecord(Strict):
+    """The run in metadata.json; times are UTC."""
+
+    id: str
+    job: str
+    started: datetime
+    finished: datetime
+
+
+class Metadata(Strict):
+    """An archive's metadata.json. The first three keys are the runbook's; docs/metadata.schema.json describes all."""
+
+    backup_time: datetime
+    system_version: str
+    components: dict[str, str]
+    """``"N files"`` for each of the runbook's component names."""
+    format_version: int = FORMAT_VERSION
+    system_name: str
+    run: RunRecord
+    parts: tuple[Part, ...]
+
+
+class Archive(Strict):
+    """What the store holds beside an archive, committed after it: its metadata, size and digest."""
+
+    key: str
+    size: int
+    sha256: str
+    metadata: Metadata
+
+
+@app.task(bind=True, name="tasks.archive.assemble")
+def assemble(self: Task[Any, Any], run_id: str) -> dict[str, Any]:
+    """Put the parts of a run into its archive, commit that and its metadata, and return the artifact's record."""
+
+    def work(lease: Lease) -> dict[str, Any]:
+        progress = Progress(self, "archive")
+        with progress.reporting():
+            archive = write_archive(
+                catalog.get_run(run_id), catalog.steps_of(run_id, "backup"), lease, progress
+            )
+        return {"artifact": artifact_of(archive).model_dump(mode="json")}
+
+    return perform(self, f"run-{run_id}", work)
+
+
+def artifact_of(archive: Archive) -> Artifact:
+    """Return the catalogue's row for an archive; the stores alone suffice to make it."""
+    metadata = archive.metadata
+    return Artifact(
+        key=archive.key,
+        run_id=metadata.run.id,
+        job=metadata.run.job,
+        created=metadata.backup_time,
+        size=archive.size,
+        sha256=archive.sha256,
+        details=metadata.model_dump(mode="json"),
+    )
+
+
+def write_archive(run: Run, steps: Sequence[Step], lease: Lease, progress: Progress) -> Archive:
+    """Stream a run's parts into its archive and commit it, then its metadata; an archive already there is taken in.
+
+    Raises ``IntegrityError`` when a part is not what its component recorded.
+    """
+    settings = get_settings()
+    store = open_store(settings.store)
+    key = archive_key(run, settings)
+    sidecar = sidecar_key(key)
+    try:
+        return read_sidecar(store, key)
+    except ObjectNotFound:
+        pass  # the usual case: no earlier attempt came this far
+    parts = [Part.model_validate(part) for step in steps for part in (step.result or {})["parts"]]
+    metadata = _metadata(run, parts, settings)
+    item = progress.add(PurePosixPath(key).name, sum(part.size for part in parts))
+    digest = Digest()
+
+    def chunks() -> Iterator[bytes]:
+        yield from _tar(run.id, _members(store, run, steps, metadata, settings))
+        lease.check()
+
+    try:
+        store.put(key, digest.through(streams.compress_gzip(item.through(chunks()))))
+    except ObjectExists:  # an earlier attempt ended between the archive and its metadata
+        digest = Digest()  # what this attempt was about to store has passed the other one, or a piece of it
+        for _ in digest.through(store.get(key)):
+            pass
+        metadata = verify(store, key)
+    archive = Archive(key=key, size=digest.size, sha256=digest.sha256, metadata=metadata)
+    try:
+        store.put(sidecar, [archive.model_dump_json(indent=2).encode()])
+    except ObjectExists:  # written by somebody else in the meantime
+        return read_sidecar(store, key)
+    return archive
+
+
+def archive_key(run: Run, settings: Settings) -> str:
+    """Return the store key of a run's archive; its file name is a promise to users."""
+    if set(run.components) == set(settings.components):
+        return f"full_system/full_backup_{run.id}{SUFFIX}"
+    return f"components/{'+'.join(run.components)}_backup_{run.id}{SUFFIX}"
+
+
+def sidecar_key(key: str) -> str:
+    """Return the key of the metadata that is committed after the archive ``key``."""
+    return key.removesuffix(SUFFIX) + SIDECAR_SUFFIX
+
+
+def read_sidecar(store: Store, key: str) -> Archive:
+    """Return the record of a committed archive. Raises ``ObjectNotFound`` when it has none."""
+    return Archive.model_validate_json(b"".join(store.get(sidecar_key(key))))
+
+
+def resolve(store: Store, name: str) -> str:
+    """Return the key of the archive that ``name`` means: a key, a file name, or either without its suffix.
+
+    Raises ``ObjectNotFound`` naming the newest archives there are.
+    """
+    keys = [
+        item.key
+        for prefix in ("full_system/", "components/")
+        for item in store.list(prefix)
+        if item.key.endswith(SUFFIX)
+    ]
+    wanted = name.removesuffix(SUFFIX)
+    for key in keys:
+        if wanted in (key.removesuffix(SUFFIX), PurePosixPath(key).name.removesuffix(SUFFIX)):
+            return key
+    newest = (
+        ", ".join(PurePosixPath(key).name for key in sorted(keys, key=lambda key: key[-22:])[-3:]) or "none"
+    )
+    raise ObjectNotFound(f"there is no archive {name}; the newest are: {newest}")
+
+
+def read_members(store: Store, key: str) -> Iterator[tuple[str, Iterator[bytes]]]:
+    """Yield the file name and the bytes of each member of an archive, in order; read each before the next.
+
+    Raises ``IntegrityError`` for an archive that is damaged or cut short, or that holds anything but files of
+    different names in one folder.
+    """
+    folders, names = set[str](), set[str]()
+    plain = streams.decompress(store.get(key), codec="gzip", name=key)
+    with closing(plain):
+        try:
+            with tarfile.open(fileobj=_File(plain), mode="r|", bufsize=CHUNK) as tar:
+                for member in tar:
+                    folder, _, name = member.name.rpartition("/")
+                    folders.add(folder)
+                    if not member.isfile() or len(folders) > 1:
+                        raise IntegrityError(f"{key} holds {member.name}, which is no file of its one folder")
+                    if name in names:
+                        raise IntegrityError(f"{key} holds {name} twice")
+                    names.add(name)
+                    yield name, _chunks(tar, member, key)
+        except tarfile.TarError as error:
+            raise IntegrityError(f"{key} is damaged: {error}") from error
+        for _ in plain:  # what follows the end of the tar, so that gzip's own checksum is seen
+            pass
+
+
+def read_metadata(store: Store, key: str) -> Metadata:
+    """Return the metadata.json inside an archive."""
+    for name, chunks in read_members(store, key):
+        if name == "metadata.json":
+            return parse_metadata(b"".join(chunks), key)
+    raise IntegrityError(f"{key} holds no metadata.json")
+
+
+def parse_metadata(text: bytes, key: str) -> Metadata:
+    """Return the metadata. Raises ``IntegrityError`` when it is of a later format, or is not metadata."""
+    try:
+        version = json.loads(text).get("format_version")
+        if version != FORMAT_VERSION:
+            raise IntegrityError(f"{key} has format version {version}; this version reads {FORMAT_VERSION}")
+        return Metadata.model_validate_json(text)
+    except (ValueError, AttributeError) as error:
+        raise IntegrityError(f"the metadata.json of {key} is damaged") from error
+
+
+def read_part(store: Store, key: str, part: Part) -> Iterator[bytes]:
+    """Yield the plain bytes of one part of an archive.
+
+    Raises ``IntegrityError``, after the last byte at the latest, when they are not what was recorded.
+    """
+    for name, chunks in read_members(store, key):
+        if name == part.name:
+            yield from streams.read(
+                chunks, codec=part.codec, written=part.written, name=f"{part.name} in {key}"
+            )
+            return
+    raise IntegrityError(f"{key} holds no {part.name}")
+
+
+def verify(store: Store, key: str, *, progress: Progress | None = None) -> Metadata:
+    """Read an archive to its last byte and return its metadata.
+
+    Every part that the metadata names must be there once, with the recorded size and digest on both sides, and
+    nothing else. Raises ``IntegrityError`` otherwise.
+    """
+    metadata: Metadata | None = None
+    missing: dict[str, Part] = {}
+    item = progress.add(PurePosixPath(key).name, store.stat(key).size) if progress else None
+    for name, chunks in read_members(store, key):
+        if name == "metadata.json":
+            metadata = parse_metadata(b"".join(chunks), key)
+            missing = {part.name: part for part in metadata.parts}
+        elif part := missing.pop(name, None):
+            stored = item.through(chunks) if item else chunks
+            for _ in streams.read(stored, codec=part.codec, written=part.written, name=f"{name} in {key}"):
+                pass
+        elif name not in (handbook.FILE_NAME, "backup.log"):
+            raise IntegrityError(f"{key} holds {name}, which its metadata does not name")
+    if metadata is None:
+        raise IntegrityError(f"{key} holds no metadata.json")
+    if missing:
+        raise IntegrityError(f"{key} lacks {', '.join(missing)}")
+    return metadata
+
+
+def _members(
+    store: Store, run: Run, steps: Sequence[Step], metadata: Metadata, settings: Settings
+) -> Iterator[tuple[str, int, Iterable[bytes]]]:
+    """Yield the name, size and bytes of each member, the small ones first so that they are quick to reach."""
+    texts = {
+        "metadata.json": metadata.model_dump_json(indent=2),
+        handbook.FILE_NAME: handbook.restore_by_hand(metadata, settings),
+        "backup.log": handbook.backup_log(run, steps, metadata),
+    }
+    for name, text in texts.items():
+        yield name, len(text.encode()), [text.encode()]
+    for part in metadata.parts:
+        yield part.name, part.size, _checked(store.get(f"parts/{run.id}/{part.name}"), part)
+
+
+def _checked(chunks: Iterable[bytes], part: Part) -> Iterator[bytes]:
+    digest = Digest()
+    yield from digest.through(chunks)
+    if (digest.size, digest.sha256) != (part.size, part.sha256):
+        raise IntegrityError(
+            f"the stored part {part.name} is not what {part.component} recorded when it wrote it"
+        )
+
+
+def _tar(folder: str, members: Iterable[tuple[str, int, Iterable[bytes]]]) -> Iterator[bytes]:
+    for name, size, chunks in members:
+        header = tarfile.TarInfo(f"{folder}/{name}")
+        header.size, header.mode = size, 0o600
+        header.mtime = int(datetime.strptime(f"{folder}+0000", f"{catalog.RUN_ID_FORMAT}%z").timestamp())
+        yield header.tobuf(tarfile.PAX_FORMAT)
+        yield from chunks
+        yield bytes(-size % tarfile.BLOCKSIZE)
+    yield bytes(2 * tarfile.BLOCKSIZE)
+
+
+def _metadata(run: Run, parts: Sequence[Part], settings: Settings) -> Metadata:
+    counts = {component.metadata_key: 0 for component in settings.components.values()}
+    for part in parts:
+        counts[settings.components[part.component].metadata_key] += 1
+    return Metadata(
+        backup_time=run.started,
+        system_version=settings.system.version,
+        components={key: f"{count} files" for key, count in counts.items()},
+        system_name=settings.system.name,
+        run=RunRecord(
+            id=run.id, job=run.job, started=run.started, finished=max(part.finished for part in parts)
+        ),
+        parts=tuple(parts),
+    )
+
+
+class _File(io.RawIOBase):
+    """An iterator of chunks as the file that tarfile reads from."""
+
+    def __init__(self, chunks: Iterator[bytes]) -> None:
+        self._chunks, self._rest = chunks, b""
+
+    def read(self, size: int = -1) -> bytes:
+        if not self._rest:
+            self._rest = next(self._chunks, b"")
+        chunk, self._rest = self._rest[:size], self._rest[size:]
+        return chunk
+
+
+def _chunks(tar: tarfile.TarFile, member: tarfile.TarInfo, key: str) -> Iterator[bytes]:
+    try:
+        with tar.extractfile(member) or io.BytesIO() as file:
+            while chunk := file.read(CHUNK):
+                yield chunk
+    except tarfile.TarError as error:
+        raise IntegrityError(f"{key} is damaged: {error}") from error

@@ -1,0 +1,123 @@
+"""A file tree or a single file, in a container or on the host, backed up in one streaming pass."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import PurePosixPath
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import AfterValidator, Field
+
+from tasks.components.trees import OURS, Tree, by_hand, describe, only, would_overwrite
+from workers.component import BaseComponent, Part, Restore, Source
+from workers.errors import Permanent
+from workers.runtime import run
+from workers.tar import TreeDigest
+
+WARNINGS = 20
+"""How many warnings a record holds; of more, the number."""
+LOOK = r"""
+path=$(readlink -f "$1") && [ -e "$path" ] || exit 0
+if [ -d "$path" ]; then echo folder; elif [ -f "$path" ]; then echo file; else echo other; fi
+timeout 5 du -sb "$path" 2>/dev/null | awk '{ print $1 }'
+echo "$path"
+"""
+"""Prints what is at a path, its bytes where `du` knows soon, and the path behind symbolic links (to the end)."""
+
+
+def absolute(path: str) -> str:
+    """Return ``path`` when it is absolute, and no root. Raises ``ValueError``."""
+    pure = PurePosixPath(path)
+    if not pure.is_absolute() or not pure.name or ".." in pure.parts or "\0" in path:
+        raise ValueError(f"expected an absolute path without '..': {path!r}")
+    return str(pure)
+
+
+AbsolutePath = Annotated[str, AfterValidator(absolute)]
+Mode = Annotated[str, Field(pattern=r"^[0-7]{3,4}$")]
+
+
+class Component(BaseComponent):
+    """The tree at ``path``; its part is a tar archive with the members ``<basename>/…``."""
+
+    metadata_key: ClassVar[str] = "files"
+
+    kind: Literal["files"]
+    path: AbsolutePath
+    exclude: tuple[str, ...] = ()
+    """Shell patterns, as for ``tar --exclude``."""
+    file_mode: Mode | None = None
+    folder_mode: Mode | None = None
+    owner: Annotated[str, Field(pattern=r"^[\w.-]+(:[\w.-]+)?$")] | None = None
+    """Modes and owner given to all that is restored; by default those recorded."""
+
+    def sources(self) -> list[Source]:
+        """Open the tree. Raises ``Permanent`` when there is none; what changes while it is read is a warning."""
+        kind, resolved, size = self._look()
+        holds: dict[str, Any] = {"path": self.path, "type": kind, "base": resolved.name}
+        chunks = self._read(resolved, holds)
+        return [Source(self.path, f"{self.name}.tar", "tree", chunks, size, holds)]
+
+    def overwrites(self, parts: Sequence[Part]) -> list[str]:
+        lines = [would_overwrite(self.runtime, [PurePosixPath(self.path)], only(parts), self.path)]
+        if self.exclude:
+            lines.append(f"{self.path}: what the backup excludes is removed ({', '.join(self.exclude)})")
+        return lines
+
+    def by_hand(self, parts: Sequence[Part]) -> str:
+        part = only(parts)
+        return by_hand(part, PurePosixPath(self.path).parent, [part.holds["base"]], container=self.container)
+
+    def stage(self, restore: Restore) -> None:
+        modes = [["chown", "-hR", self.owner]] if self.owner else []
+        for mode, kind in ((self.file_mode, "f"), (self.folder_mode, "d")):
+            if mode:
+                # find's own arguments come after the path, which is added last.
+                modes.append(["sh", "-c", f'find "$0" -type {kind} -exec chmod {mode} {{}} +'])
+        self._tree(restore).stage(restore, modes=modes)
+
+    def swap(self, restore: Restore) -> None:
+        self._tree(restore).swap(restore)
+
+    def revert(self, restore: Restore) -> None:
+        self._tree(restore).revert(restore)
+
+    def settle(self, restore: Restore) -> None:
+        self._tree(restore).settle(restore)
+
+    def _look(self) -> tuple[str, PurePosixPath, int | None]:
+        output = run(self.runtime, ["sh", "-c", LOOK, "sh", self.path]).decode()
+        kind, _, rest = output.partition("\n")
+        size, _, path = rest.partition("\n") if rest[:1].isdigit() else ("", "", rest)
+        if not kind:
+            raise Permanent(f"{self.path} does not exist")
+        if kind == "other":
+            raise Permanent(f"{self.path} is neither a folder nor a file")
+        return kind, PurePosixPath(path.removesuffix("\n")), int(size) if size else None
+
+    def _read(self, path: PurePosixPath, holds: dict[str, Any]) -> Iterator[bytes]:
+        digest, warnings = TreeDigest(), list[str]()
+        yield from digest.through(
+            self.runtime.read_tree(path, exclude=[*self.exclude, OURS], warnings=warnings)
+        )
+        if not digest.entries:
+            raise Permanent(f"{self.path}: the backup is empty; the excludes match all of it")
+        if len(warnings) > WARNINGS:
+            warnings[WARNINGS:] = [f"and {len(warnings) - WARNINGS} more"]
+        holds |= describe(digest, warnings)
+
+    def _tree(self, restore: Restore) -> Tree:
+        holds = only(restore.parts).holds
+        path = self._resolved()
+        if holds["type"] == "folder":
+            return Tree(self.runtime, self.name, path, base=holds["base"])
+        if path.name != holds["base"]:
+            raise Permanent(
+                f"{self.path}: the backup holds the file {holds['base']}, and restores to no other name"
+            )
+        return Tree(self.runtime, self.name, path.parent, entries=(path.name,))
+
+    def _resolved(self) -> PurePosixPath:
+        """Return where the tree is, or is to be, behind symbolic links."""
+        script = 'path=$(readlink -f "$1") || path=$1; printf %s "${path:-$1}"'
+        return PurePosixPath(run(self.runtime, ["sh", "-c", script, "sh", self.path]).decode())

@@ -1,0 +1,322 @@
+"""Restores: of a full archive, or of some of its components, that end with the data in place or with what was there.
+
+    inspect → verify → (config → recreate) → stage → stop → swap → start → health → settle
+                                                  any failure: stop → revert → start → health
+
+What is live is first touched by ``stop``. The data is compared with the record while it is staged, and again by a
+component whose server loads it in ``swap``, before the services start and go on changing it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from itertools import groupby
+from typing import Any
+
+from celery import Task
+
+from tasks import archive
+from tasks.runs import WORKFLOWS, Work, begin
+from tasks.step import perform
+from workers import catalog
+from workers.app import app
+from workers.catalog import Kind, Run, Step
+from workers.component import Part, Restore
+from workers.errors import BackupError, ComparisonError, NotConfirmed, Permanent, RuntimeUnavailable
+from workers.health import wait_until_healthy
+from workers.hosts import CONTROL, queue_of
+from workers.locks import Lease
+from workers.progress import Progress
+from workers.runtime import open_service, sweep
+from workers.settings import ServiceSettings, Settings, get_settings
+from workers.storage import open_store
+
+
+@app.task(name="tasks.restore.restore_full_system")
+def restore_full_system(name: str, *, confirm: str | None = None, plan: bool = False) -> str:
+    """Start the restore of every component of the archive ``name`` and return the id of its run.
+
+    ``confirm`` must be the system's name; ``plan`` only looks, and needs none. Raises ``NotConfirmed`` with what it
+    would overwrite, ``ObjectNotFound`` for an unknown archive, ``Permanent`` for one that does not fit.
+    """
+    return _start(name, None, confirm=confirm, expected=get_settings().system.name, plan=plan)
+
+
+@app.task(name="tasks.restore.restore_component")
+def restore_component(name: str, component: str, *, confirm: str | None = None, plan: bool = False) -> str:
+    """Start the restore of one component from the archive ``name``; ``confirm`` must be the component's name."""
+    return _start(name, [component], confirm=confirm, expected=component, plan=plan)
+
+
+def _start(name: str, components: list[str] | None, *, confirm: str | None, expected: str, plan: bool) -> str:
+    settings = get_settings()
+    store = open_store(settings.store)
+    key = archive.resolve(store, name)
+    metadata = archive.read_metadata(store, key)
+    if metadata.system_name != settings.system.name:
+        raise Permanent(
+            f"{key} is a backup of {metadata.system_name}, but this system is {settings.system.name}"
+        )
+    held = list(dict.fromkeys(part.component for part in metadata.parts))
+    chosen = components or held
+    if absent := [component for component in chosen if component not in held]:
+        raise Permanent(f"{key} holds no component {', '.join(absent)}; it holds {', '.join(held)}")
+    if unknown := [component for component in chosen if component not in settings.components]:
+        raise Permanent(
+            f"the settings know no component {', '.join(unknown)}, which {key} holds; configure it first"
+        )
+    if not plan and confirm != expected:
+        raise NotConfirmed(
+            f"this would overwrite {', '.join(chosen)} of {settings.system.name} with the backup of "
+            f"{metadata.backup_time:%Y-%m-%d %H:%M:%S} UTC; see what exactly with plan=True, then confirm={expected!r}"
+        )
+    kind = Kind.PLAN if plan else Kind.RESTORE
+    run = catalog.open_run(kind, job="manual", components=chosen, archive=key)
+    if run is None or run.cause:
+        raise Permanent(f"the restore was not started: {run.cause if run else 'it exists'}")
+    begin(run)
+    return run.id
+
+
+@app.task(bind=True, name="tasks.restore.verify_archive")
+def verify_archive(self: Task[Any, Any], run_id: str, key: str) -> dict[str, Any]:
+    """Read the archive to its last byte before anything is touched."""
+
+    def work(_lease: Lease) -> dict[str, Any]:
+        progress = Progress(self, "archive")
+        with progress.reporting():
+            metadata = archive.verify(open_store(get_settings().store), key, progress=progress)
+        return {"parts": len(metadata.parts)}
+
+    return perform(self, f"run-{run_id}", work)
+
+
+@app.task(bind=True, name="tasks.restore.inspect_component")
+def inspect_component(self: Task[Any, Any], key: str, name: str) -> dict[str, Any]:
+    """Say what a restore of the component would overwrite, and whether where it lives is missing."""
+    component = get_settings().components[name]
+
+    def work(_lease: Lease) -> dict[str, Any]:
+        try:
+            return {"lines": component.overwrites(_parts(key, name)), "missing": False}
+        except RuntimeUnavailable as error:
+            return {"lines": [f"{name}: not there now ({error})"], "missing": True}
+
+    return perform(self, name, work)
+
+
+@app.task(bind=True, name="tasks.restore.restore_step")
+def restore_step(
+    self: Task[Any, Any], run_id: str, key: str, name: str, actions: Sequence[str]
+) -> dict[str, Any]:
+    """Do the named steps of the component's restore (see `BaseComponent`), one after another."""
+    component = get_settings().components[name]
+    store = open_store(get_settings().store)
+    progress = Progress(self, name)
+
+    def read(part: Part) -> Iterator[bytes]:
+        return progress.add(part.name, part.plain_size).through(archive.read_part(store, key, part))
+
+    def work(lease: Lease) -> dict[str, Any]:
+        sweep(component.runtime, name)
+        restore = Restore(run_id, _parts(key, name), read)
+        for action in actions:
+            with progress.reporting():
+                {
+                    "stage": component.stage,
+                    "swap": component.swap,
+                    "revert": component.revert,
+                    "settle": component.settle,
+                }[action](restore)
+            lease.check()
+        return {}
+
+    return perform(self, name, work)
+
+
+@app.task(bind=True, name="tasks.restore.control_services")
+def control_services(self: Task[Any, Any], run_id: str, names: Sequence[str], action: str) -> dict[str, Any]:
+    """``stop``, ``start`` or check the ``health`` of services of one host, in the order given."""
+    settings = get_settings()
+    services = {service.name: service for service in settings.services}
+
+    def work(_lease: Lease) -> dict[str, Any]:
+        for name in names:
+            _control(services[name], action, settings)
+        return {}
+
+    return perform(self, f"services-{run_id}-{'-'.join(names)}", work)
+
+
+@app.task(bind=True, name="tasks.restore.recreate_component")
+def recreate_component(self: Task[Any, Any], name: str) -> dict[str, Any]:
+    """Start where the component lives, creating its container when there is none."""
+
+    def work(_lease: Lease) -> dict[str, Any]:
+        get_settings().components[name].service.start()
+        return {}
+
+    return perform(self, name, work)
+
+
+def _control(service: ServiceSettings, action: str, settings: Settings) -> None:
+    try:
+        if action == "health":
+            if service.health:
+                wait_until_healthy(str(service.health), seconds=settings.limits.health)
+        elif action == "stop":
+            open_service(service).stop()
+        else:
+            open_service(service).start()
+    except BackupError as error:
+        kind = ComparisonError if action == "health" else Permanent
+        raise kind(f"service {service.name}: {error}") from error
+
+
+def _parts(key: str, component: str) -> list[Part]:
+    metadata = archive.read_metadata(open_store(get_settings().store), key)
+    return [part for part in metadata.parts if part.component == component]
+
+
+class PlanWorkflow:
+    """Look at what a restore would overwrite, and do nothing."""
+
+    first = "inspect"
+
+    def work(self, run: Run, phase: str) -> list[Work]:
+        return [
+            Work(name, "tasks.restore.inspect_component", (run.archive, name), _queue(name), name)
+            for name in run.components
+        ]
+
+    def following(self, run: Run, phase: str, steps: Sequence[Step]) -> str | None:
+        _note(run, phase, steps)
+        found = {step.name: step.result for step in steps if step.result and not step.error}
+        catalog.note(
+            run.id, outcome={"overwrites": [line for result in found.values() for line in result["lines"]]}
+        )
+        catalog.note(
+            run.id, outcome={"missing": [name for name, result in found.items() if result["missing"]]}
+        )
+        return None
+
+
+class RestoreWorkflow:
+    """The phases of a restore, and the way back from each of them."""
+
+    first = "inspect"
+
+    def work(self, run: Run, phase: str) -> list[Work]:
+        action, _, index = phase.removeprefix("abort-").partition(".")
+        match action:
+            case "inspect":
+                return PlanWorkflow().work(run, phase)
+            case "verify":
+                return [
+                    Work(
+                        "archive",
+                        "tasks.restore.verify_archive",
+                        (run.id, run.archive),
+                        CONTROL,
+                        f"run-{run.id}",
+                    )
+                ]
+            case "config":
+                return [self._step(run, name, ["stage", "swap"]) for name in _configs(run)]
+            case "recreate":
+                missing = [name for name in run.outcome["missing"] if name not in _configs(run)]
+                return [
+                    Work(name, "tasks.restore.recreate_component", (name,), _queue(name), name)
+                    for name in missing
+                ]
+            case "stage" | "swap":
+                done = _configs(run) if run.outcome["missing"] else []
+                return [self._step(run, name, [action]) for name in run.components if name not in done]
+            case "revert" | "settle":
+                return [self._step(run, name, [action]) for name in run.components]
+            case "health":
+                groups = _groups(run)
+            case _:
+                groups = [_groups(run)[int(index)]]
+                action = "stop" if action == "stop" else "start"
+        if action == "start":
+            groups = [(host, names[::-1]) for host, names in groups]
+        task = "tasks.restore.control_services"
+        return [
+            Work(
+                "+".join(names),
+                task,
+                (run.id, names, action),
+                queue_of(host),
+                f"services-{run.id}-{'-'.join(names)}",
+            )
+            for host, names in groups
+        ]
+
+    def following(self, run: Run, phase: str, steps: Sequence[Step]) -> str | None:
+        failed = _note(run, phase, steps)
+        if phase == "inspect":
+            PlanWorkflow().following(run, phase, steps)
+            run = catalog.get_run(run.id)
+        groups = range(len(_groups(run)))
+        stop, start = [f"stop.{group}" for group in groups], [f"start.{group}" for group in reversed(groups)]
+        recreate = ["config", "recreate"] if run.outcome.get("missing") else []
+        forward = ["inspect", "verify", *recreate, "stage", *stop, "swap", *start, "health", "settle"]
+        back = [f"abort-{name}" for name in [*stop, "revert", *start, "health"]]
+        if phase in back:
+            path = back
+        elif failed and phase != "settle":
+            if phase in ("inspect", "verify"):
+                return None
+            services_ran_on = phase in (*recreate, "stage")
+            return "abort-revert" if services_ran_on else back[0]
+        else:
+            path = forward
+        position = path.index(phase) + 1
+        if phase == "abort-revert" and _stopped_nothing(run):
+            return None
+        return path[position] if position < len(path) else None
+
+    def _step(self, run: Run, name: str, actions: list[str]) -> Work:
+        return Work(
+            name, "tasks.restore.restore_step", (run.id, run.archive, name, actions), _queue(name), name
+        )
+
+
+def _note(run: Run, phase: str, steps: Sequence[Step]) -> bool:
+    failed = [f"{phase} {step.name}: {step.error}" for step in steps if step.error]
+    if failed:
+        catalog.note(run.id, cause="; ".join(failed))
+        if phase.startswith("abort-"):
+            catalog.note(run.id, outcome={"not_reverted": failed})
+    return bool(failed)
+
+
+def _stopped_nothing(run: Run) -> bool:
+    return not any(step.phase.startswith("stop.") for step in catalog.steps_of(run.id))
+
+
+def _queue(component: str) -> str:
+    return queue_of(get_settings().components[component].host)
+
+
+def _configs(run: Run) -> list[str]:
+    components = get_settings().components
+    return [name for name in run.components if components[name].metadata_key == "config"]
+
+
+def _groups(run: Run) -> list[tuple[str, list[str]]]:
+    """Return the services to stop, in order, as runs of services on the same host."""
+    using = [
+        service
+        for service in get_settings().services
+        if not service.uses or set(service.uses) & set(run.components)
+    ]
+    return [
+        (host, [service.name for service in group])
+        for host, group in groupby(using, lambda service: service.host)
+    ]
+
+
+WORKFLOWS[Kind.PLAN] = PlanWorkflow()
+WORKFLOWS[Kind.RESTORE] = RestoreWorkflow()

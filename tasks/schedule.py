@@ -1,0 +1,79 @@
+"""What beat starts: backups at their times, and a look at the configuration files."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime, timedelta
+
+from celery.schedules import crontab
+
+from tasks.backup import FULL_SYSTEM, backup_full_system
+from workers import catalog
+from workers.app import app
+from workers.catalog import State, now
+from workers.settings import ScheduleSettings, get_settings, parse_cron
+
+A_YEAR_OF_MINUTES = 366 * 24 * 60
+
+
+@app.task(name="tasks.schedule.start_scheduled")
+def start_scheduled(job: str) -> str | None:
+    """Start the backup of a scheduled job and return its run's id, ``None`` when it has been started already.
+
+    Which time it is for follows from the schedule, not from the moment of sending: a beat that was down sends one
+    backup for the last time it missed, and two beats start one backup.
+    """
+    settings = get_settings()
+    due = latest_due(parse_cron(cron_lines(settings.schedule)[job]), now())
+    components = None if job == FULL_SYSTEM else [job]
+    run_id: str | None = backup_full_system(components, job=job, scheduled_at=due.isoformat())
+    return run_id
+
+
+@app.task(name="tasks.schedule.look_at")
+def look_at(component: str) -> None:
+    """Look, on its host, whether a watched component changed, and pass its digest on to the control workers."""
+    start_if_changed.delay(component, get_settings().components[component].content_digest())
+
+
+@app.task(name="tasks.schedule.start_if_changed")
+def start_if_changed(component: str, content_sha256: str) -> str | None:
+    """Start a backup of a watched component, and return its run's id, unless its newest backup has this digest."""
+    if content_sha256 == newest_digest(component) or any(
+        component in run.components for run in catalog.list_runs(state=State.RUNNING)
+    ):
+        return None
+    run_id: str | None = backup_full_system([component], job=f"{component}-changed")
+    return run_id
+
+
+def newest_digest(component: str) -> str | None:
+    """Return the content digest in the newest backup of a component, ``None`` when there is no backup of it."""
+    for artifact in catalog.list_artifacts():
+        for part in artifact.details["parts"]:
+            if part["component"] == component:
+                digest: str | None = part["holds"].get("content_sha256")
+                return digest
+    return None
+
+
+def cron_lines(schedule: ScheduleSettings) -> dict[str, str]:
+    """Return the cron line of each scheduled job: the full system's, and those of single components."""
+    full = {FULL_SYSTEM: schedule.full_system} if schedule.full_system else {}
+    return full | schedule.components
+
+
+def latest_due(schedule: crontab, moment: datetime) -> datetime:
+    """Return the last minute, up to ``moment``, that the schedule names. Raises ``ValueError`` if none in a year."""
+    minute = moment.astimezone(UTC).replace(second=0, microsecond=0)
+    for _ in range(A_YEAR_OF_MINUTES):
+        fields = {
+            "minute": minute.minute,
+            "hour": minute.hour,
+            "day_of_week": minute.isoweekday() % 7,
+            "day_of_month": minute.day,
+            "month_of_year": minute.month,
+        }
+        if all(value in getattr(schedule, name) for name, value in fields.items()):
+            return minute
+        minute -= timedelta(minutes=1)
+    raise ValueError("the schedule names no minute of the last year")

@@ -1,0 +1,82 @@
+"""A run as it goes, in the terminal: a bar for each stream, with its rate and the time left."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from kombu.exceptions import OperationalError
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
+
+from workers import catalog
+from workers.app import app
+from workers.catalog import Run, State
+from workers.progress import EVENT
+
+POLL_SECONDS = 0.3
+
+
+def follow(run_id: str, *, console: Console | None) -> Run:
+    """Return the run when it has ended; the watchdog sees to it that it does. ``console`` shows bars meanwhile."""
+    columns = (
+        "[progress.description]{task.description}",
+        BarColumn(),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+    )
+    silent = console is None
+    with (
+        Progress(*columns, TimeRemainingColumn(), console=console, disable=silent) as bars,
+        _events(run_id, bars),
+    ):
+        headline = bars.add_task(f"run {run_id}", total=None)
+        while (run := catalog.get_run(run_id)).state is State.RUNNING:
+            bars.update(headline, description=f"run {run_id}: {run.phase}")
+            time.sleep(POLL_SECONDS)
+        bars.update(headline, description=f"run {run_id}: {run.state}", total=1, completed=1)
+    return run
+
+
+@contextmanager
+def _events(run_id: str, bars: Progress) -> Iterator[None]:
+    """Show the progress events of the run's tasks while the block runs."""
+    shown: dict[tuple[str, str], Any] = {}
+
+    def show(event: dict[str, Any]) -> None:
+        if not event["uuid"].startswith(f"{run_id}."):
+            return
+        for item in event["items"]:
+            key = (event["uuid"], item["label"])
+            if key not in shown:
+                shown[key] = bars.add_task(
+                    escape(f"{event['component']} {item['label']}"), total=item["expected"]
+                )
+            total = (
+                item["done"] if item["finished"] else item["expected"] and max(item["expected"], item["done"])
+            )
+            bars.update(shown[key], completed=item["done"], total=total)
+
+    stop = threading.Event()
+
+    def receive() -> None:
+        while not stop.is_set():
+            try:
+                with app.connection_for_read() as connection:
+                    receiver = app.events.Receiver(connection, handlers={EVENT: show})
+                    for _ in receiver.itercapture(limit=None, timeout=None, wakeup=False):
+                        if stop.is_set():
+                            return
+            except (OperationalError, OSError):
+                stop.wait(1)  # the broker is away; the run goes on without being shown
+
+    # A daemon, and not joined: it may wait for an event that never comes.
+    threading.Thread(target=receive, name="events", daemon=True).start()
+    try:
+        yield
+    finally:
+        stop.set()

@@ -1,0 +1,239 @@
+"""The validated configuration: one TOML file, every error at once, each with its path.
+
+The file is named by the environment variable ``AI_MICRO_BACKUP_CONFIG``, by default ``backup.toml`` in the working
+folder. ``backup.example.toml`` describes every key.
+"""
+
+from __future__ import annotations
+
+import functools
+import tomllib
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Annotated, Any, Literal
+from urllib.parse import quote
+
+from celery.schedules import ParseException, crontab
+from pydantic import AfterValidator, Field, HttpUrl, ValidationError
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from workers.component import BaseComponent, load
+from workers.errors import SettingsError
+from workers.location import Location
+from workers.secret import Secret, Strict
+
+CONFIG_VARIABLE = "AI_MICRO_BACKUP_CONFIG"
+
+
+def parse_cron(line: str) -> crontab:
+    """Return the schedule of a five-field cron line (UTC). Raises ``ValueError``."""
+    try:
+        return crontab.from_string(line)
+    except (ValueError, ParseException) as error:
+        raise ValueError(f"not a cron line of five fields: {line!r} ({error})") from error
+
+
+def _cron(line: str) -> str:
+    parse_cron(line)
+    return line
+
+
+Cron = Annotated[str, AfterValidator(_cron)]
+HostName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")]
+
+
+class SystemSettings(Strict):
+    """The system that is backed up."""
+
+    name: str = Field(min_length=1)
+    """What a destructive call must ``confirm``."""
+    version: str = "1.0.0"
+
+
+class ServiceSettings(Location):
+    """A service that is stopped before a restore and started after it. Their order is the order of stopping."""
+
+    name: str
+    host: HostName
+    health: HttpUrl | None = None
+    """Answers 200 when the service is healthy; asked from its host."""
+    uses: tuple[str, ...] = ()
+    """The components it uses: a restore of others leaves it running. By default it uses all."""
+
+
+class StoreSettings(Strict):
+    """Where artifacts lie: a folder that every host sees under the same path."""
+
+    kind: Literal["local"] = "local"
+    path: Path
+
+
+class BrokerSettings(Strict):
+    """The Redis that carries tasks, results and leases."""
+
+    host: str = "127.0.0.1"
+    port: int = 6379
+    database: int = 0
+    password: Secret | None = None
+
+    @property
+    def url(self) -> str:
+        """The URL with the password in it: a secret."""
+        login = f":{quote(self.password.resolve(), safe='')}@" if self.password else ""
+        return f"redis://{login}{self.host}:{self.port}/{self.database}"
+
+
+class CatalogSettings(Strict):
+    """The database of the catalogue, for the control workers and the command line."""
+
+    url: str = "sqlite:///catalog.sqlite"
+    """An SQLAlchemy URL without a password: ``sqlite:///…`` or ``postgresql+psycopg://user@host/database``."""
+    password: Secret | None = None
+
+
+class ScheduleSettings(Strict):
+    """When beat sends what, as cron lines in UTC."""
+
+    full_system: Cron | None = "0 2 * * *"
+    components: dict[str, Cron] = Field(default_factory=dict)
+    """A schedule of its own for a component, by its name."""
+    config_watch_seconds: float = Field(default=300, ge=1)
+    """How often each ``config`` component is looked at for changes."""
+    watchdog_seconds: float = Field(default=30, ge=1)
+
+
+class LimitsSettings(Strict):
+    """Bounds in seconds, so that every run ends."""
+
+    component: float = Field(default=4 * 3600, gt=0)
+    """The longest that one component's backup, or one step of its restore, may take."""
+    run: float = Field(default=24 * 3600, gt=0)
+    """The longest that a run may take, whatever happens."""
+    absent_host: float = Field(default=120, gt=0)
+    """How long a host's worker may stay away before the steps that wait for it fail."""
+    lease: float = Field(default=30, gt=0)
+    """How long a lease outlives its last heartbeat: how soon a dead worker is noticed."""
+    attempts: int = Field(default=2, ge=1)
+    """How often a step is tried, the first time included."""
+    streams: int = Field(default=4, ge=1)
+    """How many streams of one component, databases for example, are read at the same time."""
+    health: float = Field(default=120, gt=0)
+    """How long services may take to become healthy after a restore."""
+    snapshot: float = Field(default=600, gt=0)
+    """How long Redis may take to write its snapshot."""
+
+
+class Settings(Strict):
+    """The whole configuration."""
+
+    system: SystemSettings
+    hosts: tuple[HostName, ...] = Field(min_length=1)
+    components: dict[str, BaseComponent]
+    services: tuple[ServiceSettings, ...] = ()
+    store: StoreSettings
+    broker: BrokerSettings = BrokerSettings()
+    catalog: CatalogSettings = CatalogSettings()
+    schedule: ScheduleSettings = ScheduleSettings()
+    limits: LimitsSettings = LimitsSettings()
+    compression_level: int = Field(default=3, ge=1, le=19)
+
+    def missing_secrets(self, hosts: Iterable[str]) -> list[str]:
+        """Return a line for each secret that is missing here: the broker's, and those of the components of ``hosts``."""
+        secrets = {"broker.password": self.broker.password}
+        for name, component in self.components.items():
+            if component.host in hosts:
+                secrets |= {f"components.{name}.{key}": secret for key, secret in component.secrets().items()}
+        lines = []
+        for path, secret in secrets.items():
+            if secret is not None:
+                try:
+                    secret.resolve()
+                except SettingsError as error:
+                    lines += [f"{path}: {line}" for line in error.errors]
+        return lines
+
+
+class Environment(BaseSettings):
+    """What the environment says, each variable with the prefix ``AI_MICRO_BACKUP_``."""
+
+    model_config = SettingsConfigDict(env_prefix="AI_MICRO_BACKUP_")
+
+    config: Path = Path("backup.toml")
+
+
+@functools.cache
+def get_settings() -> Settings:
+    """Return the settings of the file that ``AI_MICRO_BACKUP_CONFIG`` names, read once a process."""
+    return read_settings(Environment().config)
+
+
+def read_settings(path: Path) -> Settings:
+    """Return the settings in the TOML file at ``path``.
+
+    Raises ``SettingsError`` with every fault of the file, each with its path and what was expected.
+    """
+    try:
+        data = tomllib.loads(path.read_text())
+    except OSError as error:
+        hint = f"set {CONFIG_VARIABLE} to your configuration, or copy backup.example.toml"
+        raise SettingsError(str(path), [f"cannot be read: {error.strerror}; {hint}"]) from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise SettingsError(str(path), [f"not TOML: {error}"]) from error
+    tables = data.pop("components", {})
+    components, lines = _components(tables if isinstance(tables, dict) else {})
+    settings = None
+    try:
+        settings = Settings.model_validate({**data, "components": components})
+    except ValidationError as error:
+        lines += _lines(error)
+    lines += _unknown_names(data, tables)
+    if settings is None or lines:
+        raise SettingsError(str(path), lines)
+    return settings
+
+
+def _components(tables: dict[str, Any]) -> tuple[dict[str, BaseComponent], list[str]]:
+    components, lines = {}, []
+    for name, table in tables.items():
+        path = f"components.{name}"
+        if not isinstance(table, dict):
+            lines.append(f"{path}: expected a table")
+            continue
+        try:
+            components[name] = load(str(table.get("kind", ""))).model_validate({**table, "name": name})
+        except SettingsError as error:
+            lines += [f"{path}.{line}" for line in error.errors]
+        except ValidationError as error:
+            lines += [f"{path}.{line}" for line in _lines(error)]
+    return components, lines
+
+
+def _lines(error: ValidationError) -> list[str]:
+    return [
+        f"{'.'.join(map(str, fault['loc'])) or '(whole)'}: {fault['msg']}"
+        for fault in error.errors(include_input=False, include_url=False)
+    ]
+
+
+def _unknown_names(data: dict[str, Any], tables: Any) -> list[str]:
+    """Check the names that one part of the file takes from another, whether or not those parts are right."""
+    hosts, schedule, services = data.get("hosts", ()), data.get("schedule", {}), data.get("services", ())
+    if not isinstance(tables, dict):
+        return ["components: expected tables"]
+    lines = [] if tables else ["components: at least one component is needed"]
+    placed = {f"components.{name}": table for name, table in tables.items()}
+    for index, service in enumerate(services if isinstance(services, list) else ()):
+        placed[f"services.{index}"] = service
+        used = service.get("uses") if isinstance(service, dict) else None
+        names = [name for name in used if isinstance(name, str)] if isinstance(used, list) else []
+        unknown = [name for name in names if name not in tables]
+        lines += [f"services.{index}.uses: there is no component {name!r}" for name in unknown]
+    known = f"the hosts are {', '.join(map(str, hosts))}" if isinstance(hosts, list) else ""
+    for path, table in placed.items():
+        if known and isinstance(table, dict) and "host" in table and table["host"] not in hosts:
+            lines.append(f"{path}.host: there is no host {table['host']!r}; {known}")
+    scheduled = schedule.get("components", {}) if isinstance(schedule, dict) else {}
+    for name in scheduled if isinstance(scheduled, dict) else ():
+        if name not in tables:
+            lines.append(f"schedule.components.{name}: there is no component {name!r}")
+    return lines

@@ -1,0 +1,53 @@
+"""Where artifacts lie: one protocol, and the store the settings ask for."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    from workers.settings import StoreSettings
+
+
+@dataclass(frozen=True)
+class StoredObject:
+    """A committed object: its key, its size in bytes and when it was committed (seconds since the epoch)."""
+
+    key: str
+    size: int
+    modified: float
+
+
+class Store(Protocol):
+    """Objects under keys like ``full_system/full_backup_20261122_020000.tar.gz``.
+
+    Keys are relative, ``/``-separated, of safe names. Every method may raise ``StoreUnavailable``.
+    """
+
+    def put(self, key: str, chunks: Iterable[bytes]) -> StoredObject:
+        """Store what ``chunks`` yields, without holding or copying it whole, and commit it last.
+
+        The object appears under ``key`` only after ``chunks`` ended well and its bytes are durable.
+        When ``chunks`` raises, nothing is left and the error goes on to the caller.
+        Raises ``ObjectExists`` when the key is taken.
+        """
+
+    def get(self, key: str, *, offset: int = 0, length: int | None = None) -> Iterator[bytes]:
+        """Yield the object's bytes from ``offset``, at most ``length``. Raises ``ObjectNotFound``."""
+
+    def stat(self, key: str) -> StoredObject:
+        """Describe one committed object. Raises ``ObjectNotFound``."""
+
+    def list(self, prefix: str) -> Iterator[StoredObject]:
+        """Yield the committed objects whose key starts with ``prefix``, ordered by key."""
+
+    def delete(self, key: str) -> None:
+        """Remove the object; a key that is not there is no error."""
+
+
+def open_store(settings: StoreSettings) -> Store:
+    """Return the store the settings describe."""
+    from workers.storage.local import LocalStore
+
+    return LocalStore(settings.path)
