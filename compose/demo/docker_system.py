@@ -25,7 +25,7 @@ from compose.demo.config_tree import (
 )
 from compose.demo.docker_cli import DockerError, listed, run
 from compose.demo.docker_images import Images, ensure_engine
-from compose.demo.fingerprint import Fingerprint, fingerprint_tree
+from compose.demo.fingerprint import Fingerprint, fingerprint_config
 from compose.demo.probe import probe
 
 #: The container of each folder, without the prefix.
@@ -144,7 +144,7 @@ class DockerSystem:
             mounts += ["--volume", f"{self.volumes[name]}:/{name}:ro"]
             command += ["--tree", f"{name}=/{name}"]
         found: Fingerprint = json.loads(self._one_off(mounts, command, timeout=900))
-        found["files"]["config"] = fingerprint_tree(self.root)
+        found["files"]["config"] = fingerprint_config(self.root)
         return found
 
     def destroy_data(self) -> None:

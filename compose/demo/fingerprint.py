@@ -51,11 +51,12 @@ def fingerprint(
     return result
 
 
-def fingerprint_tree(root: Path) -> dict[str, str]:
+def fingerprint_tree(root: Path, *, folder_times: bool = True) -> dict[str, str]:
     """Give every entry below `root`, and `root` itself as ".": type, mode, owner, time in seconds, size, sha256 or target.
 
     Files that are hard links of each other name the first of their paths. The time of `root` is left out: moving things in and
-    out of a mount point changes it. A missing `root` gives nothing.
+    out of a mount point changes it. So are those of all folders without `folder_times`, for where only files are listed to be
+    kept. A missing `root` gives nothing.
     """
     if not root.is_dir():
         return {}
@@ -66,7 +67,7 @@ def fingerprint_tree(root: Path) -> dict[str, str]:
         name = str(path.relative_to(root))
         info = path.lstat()
         text = f"{stat.filemode(info.st_mode)} {info.st_uid}:{info.st_gid}"
-        if path != root:
+        if path != root and (folder_times or not stat.S_ISDIR(info.st_mode)):
             text += f" at {int(info.st_mtime)}"
         if stat.S_ISLNK(info.st_mode):
             text += f" -> {path.readlink()}"
@@ -77,6 +78,11 @@ def fingerprint_tree(root: Path) -> dict[str, str]:
                 text += f" same file as {first.setdefault((info.st_dev, info.st_ino), name)}"
         found[name] = text
     return found
+
+
+def fingerprint_config(root: Path) -> dict[str, str]:
+    """Give the entries below `root` that are no folders: of a configuration, files are backed up, not where they lie."""
+    return {name: entry for name, entry in fingerprint_tree(root).items() if not entry.startswith("d")}
 
 
 def diff(before: Fingerprint, after: Fingerprint) -> list[str]:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from compose.demo.config_tree import read_env, write_private
 
-START_SECONDS = 20.0
+START_SECONDS = 60.0
 STOP_SECONDS = 10.0
 _ROOT = Path(__file__).resolve().parents[2]
 
