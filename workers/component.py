@@ -155,6 +155,7 @@ def load(kind: str) -> type[BaseComponent]:
             if error.name != f"{KIND_PACKAGE}.{kind}":
                 raise
         else:
+            # Modules that a kind is made of lie there, too.
             component: type[BaseComponent] | None = getattr(module, "Component", None)
             if component is not None:
                 return component

@@ -119,8 +119,6 @@ class LimitsSettings(Strict):
     """How many streams of one component, databases for example, are read at the same time."""
     health: float = Field(default=120, gt=0)
     """How long services may take to become healthy after a restore."""
-    snapshot: float = Field(default=600, gt=0)
-    """How long Redis may take to write its snapshot."""
 
 
 class Settings(Strict):

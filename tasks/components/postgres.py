@@ -207,7 +207,8 @@ class Component(BaseComponent):
         return (
             "Stop what uses the databases: each is dropped and made again, with its owner, rights and settings. Roles come\n"
             "first; `role … already exists` is fine there. The tools must be of the server's version or later; they ask\n"
-            "for a password or take it from `PGPASSWORD`.\n\n```sh\n" + "\n".join(lines) + "\n```\n"
+            "for a password or take it from `PGPASSWORD`. With the roles come their passwords of then, that of "
+            f"`{self.user}` as well.\n\n```sh\n" + "\n".join(lines) + "\n```\n"
         )
 
     def stage(self, restore: Restore) -> None:

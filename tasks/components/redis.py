@@ -139,6 +139,7 @@ class Component(RedisServer):
         try:
             held = databases(self.info())
         except RuntimeUnavailable:
+            self.sh("true")  # raises when it is the container that is not there: a restore creates it first
             now = "whatever the server holds, which does not answer,"
         else:
             each = ", ".join(f"{database} {keys}" for database, keys in held.items())
@@ -153,23 +154,23 @@ class Component(RedisServer):
     def by_hand(self, parts: Sequence[Part]) -> str:
         part = self._part(parts)
         reader = {"zstd": "zstd -dc", "gzip": "gzip -dc", "none": "cat"}[part.codec]
-        lines = [f"{reader} {shlex.quote(part.name)} >dump.rdb"]
+        file = self.dbfilename or "dump.rdb"
+        unpack = f"{reader} {shlex.quote(part.name)} >"
         if self.container:
-            place = shlex.quote(
-                f"{self.container}:{self.data_dir or '/data'}/{self.dbfilename or 'dump.rdb'}"
-            )
+            place = shlex.quote(f"{self.container}:{self.data_dir or '/data'}/{file}")
             container = shlex.quote(self.container)
-            lines += [f"docker stop {container}", f"docker cp dump.rdb {place}", f"docker start {container}"]
-            where = ""
+            lines = [f"{unpack}dump.rdb", f"docker stop {container}", f"docker cp dump.rdb {place}"]
+            lines += [f"docker start {container}"]
+            before = after = ""
         else:
-            where = (
-                "Stop the server, put `dump.rdb` into its data folder under the name that `dbfilename` says, owned by the "
-                "user that it runs as, and start it.\n"
-            )
+            folder = shlex.quote(str(self.data_dir)) if self.data_dir else "<data folder of Redis>"
+            place = f"{folder}/{shlex.quote(file)}"
+            lines = [f"{unpack}{place}", f"chown --reference={folder} {place}"]
+            before, after = "Stop the server, then:\n\n", "\nStart the server.\n"
         return (
             f"The snapshot holds {part.holds.get('keys', 'an unknown number of')} keys. A server with `appendonly yes` does not "
             "read it: start it with `appendonly no`, then turn it on again with `CONFIG SET appendonly yes`.\n\n"
-            "```sh\n" + "\n".join(lines) + "\n```\n" + where
+            f"{before}```sh\n" + "\n".join(lines) + f"\n```\n{after}"
         )
 
     def stage(self, restore: Restore) -> None:

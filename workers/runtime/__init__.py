@@ -171,6 +171,7 @@ find_all() {
       pid=${folder#/proc/}
       case $found in *" $pid "*) continue ;; esac
       read_stat "$pid" && [ "$group" != "$own" ] || continue
+      case "$state$found" in Z*" $parent "*) ;; Z*) continue ;; esac
       case $found in *" $parent "* | *" $group "* | *" $session "*) found="$found$pid " grown=yes ;; esac
     done
   done
@@ -181,9 +182,12 @@ while find_all "$1" && [ "$found" != " " ] && [ $rounds -lt 200 ]; do
   for pid in $found; do
     read_stat "$pid" && { [ "$state" != Z ] || [ $rounds -lt 100 ]; } && parents="$parents$parent "
   done
+  leaves=
   for pid in $found; do
-    case $parents in *" $pid "*) ;; *) kill -s KILL "$pid" 2>/dev/null ;; esac
+    case $parents in *" $pid "*) ;; *) leaves="$leaves $pid" ;; esac
   done
+  kill -s STOP $leaves 2>/dev/null
+  kill -s KILL $leaves 2>/dev/null
   [ $rounds -lt 3 ] || sleep 0.05 2>/dev/null || sleep 1
 done
 [ "$found" = " " ]
@@ -192,7 +196,9 @@ done
 
 Children go first, and their parents when they have seen them end: what loses its parent falls to the container's
 first process, and PostgreSQL, where it is that, takes the death of such a child for the crash of a backend and restarts
-itself. Servers write their titles over their environment; whose children they are still tells what they belong to. The
+itself. So a shell script sees its program fail, and must not go on then (``&&``, ``set -e``). All are stopped before the
+first is killed: in a pipeline, the second would take the first one's end for the end of its input. A zombie whose parent
+is none of ours has ended; a first process that reaps nothing leaves it there. Servers write their titles over their environment; whose children they are still tells what they belong to. The
 group that this shell is in carries the marker as well, and is spared. Runs in any shell; busybox's grep stops at a
 zero byte.
 """
