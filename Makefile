@@ -17,7 +17,7 @@ demo: setup ## back up, destroy and restore a small real system; RUNTIME=docker 
 	@$(BIN)/python -m compose.demo
 
 test: setup ## run all tests in parallel; PYTEST_ARGS="-k word" selects
-	@$(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadgroup $(PYTEST_ARGS)
+	@$(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadfile $(PYTEST_ARGS)
 
 check: setup ## lint, formatting and types: what CI asks
 	@$(BIN)/ruff check .

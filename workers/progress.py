@@ -84,6 +84,7 @@ class Progress:
         finally:
             stop.set()
             thread.join()
+            self._send()
             self._send()  # how it ended, so that no bar stays short of its end
 
     def _send(self) -> None:

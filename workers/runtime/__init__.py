@@ -180,7 +180,7 @@ read_stat $$ && own=$group rounds=0
 while find_all "$1" && [ "$found" != " " ] && [ $rounds -lt 200 ]; do
   rounds=$((rounds + 1)) parents=" "
   for pid in $found; do
-    read_stat "$pid" && { [ "$state" != Z ] || [ $rounds -lt 100 ]; } && parents="$parents$parent "
+    read_stat "$pid" && { [ "$state" != Z ] || [ $rounds -lt 10 ]; } && parents="$parents$parent "
   done
   leaves=
   for pid in $found; do

@@ -25,7 +25,7 @@ from workers.runtime.engine import (
 )
 from workers.runtime.framing import CHUNK, GUARD, STDOUT, TOKEN, Ending, demultiplex
 
-KILL_SECONDS = 15
+KILL_SECONDS = 30
 NOT_STARTED = (126, 127)
 """Statuses of a guard that could not be started; one that ran is killed, by itself at the latest."""
 HELPER_LABEL = "ai-micro-backup.component"
