@@ -13,6 +13,8 @@ from workers.catalog import State, now
 from workers.settings import ScheduleSettings, get_settings, parse_cron
 
 A_YEAR_OF_MINUTES = 366 * 24 * 60
+CLOCK_SKEW = timedelta(seconds=30)
+"""How far the clock of this host may be behind beat's; less than the minute that schedules are made of."""
 
 
 @app.task(name="tasks.schedule.start_scheduled")
@@ -23,7 +25,7 @@ def start_scheduled(job: str) -> str | None:
     backup for the last time it missed, and two beats start one backup.
     """
     settings = get_settings()
-    due = latest_due(parse_cron(cron_lines(settings.schedule)[job]), now())
+    due = latest_due(parse_cron(cron_lines(settings.schedule)[job]), now() + CLOCK_SKEW)
     components = None if job == FULL_SYSTEM else [job]
     run_id: str | None = backup_full_system(components, job=job, scheduled_at=due.isoformat())
     return run_id

@@ -224,6 +224,9 @@ def _unknown_names(data: dict[str, Any], tables: Any) -> list[str]:
         placed[f"services.{index}"] = service
         used = service.get("uses") if isinstance(service, dict) else None
         names = [name for name in used if isinstance(name, str)] if isinstance(used, list) else []
+        name = service.get("name") if isinstance(service, dict) else None
+        if any(isinstance(other, dict) and other.get("name") == name for other in services[:index]):
+            lines.append(f"services.{index}.name: there is another service {name!r}")
         unknown = [name for name in names if name not in tables]
         lines += [f"services.{index}.uses: there is no component {name!r}" for name in unknown]
     known = f"the hosts are {', '.join(map(str, hosts))}" if isinstance(hosts, list) else ""

