@@ -5,6 +5,8 @@ SHELL := /bin/sh
 
 BIN := .venv/bin
 PYTEST_ARGS ?=
+# Many tests wait more than they work.
+PROCESSES ?= $(shell echo $$(( $$(nproc) + 2 )))
 export RUNTIME KEEP
 
 help: ## list the targets
@@ -17,7 +19,7 @@ demo: setup ## back up, destroy and restore a small real system; RUNTIME=docker 
 	@$(BIN)/python -m compose.demo
 
 test: setup ## run all tests in parallel; PYTEST_ARGS="-k word" selects
-	@$(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadfile $(PYTEST_ARGS)
+	@$(BIN)/python -m pytest -n $(PROCESSES) --dist loadscope $(PYTEST_ARGS)
 
 check: setup ## lint, formatting and types: what CI asks
 	@$(BIN)/ruff check .

@@ -172,14 +172,14 @@ class BackupWorkflow:
 def drop_superseded_parts(run: Run) -> None:
     """Remove the parts of ended runs that are no longer of use.
 
-    A complete run has them in its archive. Those of a failed run are kept for inspection until a later run of the
-    same job ends.
+    A complete run has them in its archive. Those of a failed run are kept for inspection until a later run of at least
+    the same components ends.
     """
     store = open_store(get_settings().store)
     ended = {
         other.id
         for other in catalog.list_runs()
-        if other.job == run.job and other.finished and other.id < run.id
+        if other.finished and other.id < run.id and set(other.components) <= set(run.components)
     }
     for item in list(store.list("parts/")):
         owner = item.key.split("/")[1]

@@ -28,7 +28,7 @@ def perform(task: Task[Any, Any], lease: str, work: Callable[[Lease], dict[str, 
     pause = wait_exponential(multiplier=0.5, max=10)
     for_lease = Retrying(
         retry=retry_if_exception_type(LeaseUnavailable),
-        stop=stop_after_delay(limits.absent_host),
+        stop=stop_after_delay(limits.lease_wait),
         wait=pause,
         reraise=True,
     )

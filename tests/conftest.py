@@ -9,8 +9,20 @@ from pathlib import Path
 import docker
 import pytest
 from docker.errors import DockerException
+from xdist.scheduler import LoadScopeScheduling
 
 from compose.demo.embedded import PostgresServer, RedisServer, free_port
+
+SPREAD = tuple(
+    f"tests/{name}.py"
+    for name in (
+        "contracts/test_runtime",
+        "integration/test_postgres",
+        "integration/test_redis",
+        "integration/test_files",
+    )
+)
+"""Long files whose tests share nothing: each test goes to whichever process is free."""
 
 IN_CI = os.environ.get("CI", "").lower() not in ("", "0", "false")
 
@@ -31,6 +43,24 @@ class Served:
     @property
     def bin_dir(self) -> Path:
         return self.server.bin_dir
+
+
+class Scheduler(LoadScopeScheduling):  # type: ignore[misc]  # its base has no type hints
+    """Gives each file to one process, which sets its servers up once, but spreads the files in `SPREAD`."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        file = nodeid.partition("::")[0]
+        return nodeid if file in SPREAD else file
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> Scheduler:
+    """Choose how tests are spread over the processes of ``-n``."""
+    return Scheduler(config, log)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Let the long tests begin first, so that none is left for the end."""
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
 
 
 @pytest.fixture(scope="session")

@@ -17,6 +17,8 @@ BackupError
     └── CatalogError          the catalogue refuses: unknown run, a run that already exists, ...
 """
 
+from pathlib import PurePath
+
 
 class BackupError(Exception):
     """Anything this system reports. Its text is safe to show: it never holds a secret."""
@@ -64,7 +66,7 @@ class CommandFailed(Permanent):
         self.program, self.status, self.stderr = program, status, stderr.strip()
 
     def __str__(self) -> str:
-        return f"{self.program} ended with status {self.status}: {self.stderr or 'no message'}"
+        return f"{PurePath(self.program).name} ended with status {self.status}: {self.stderr or 'no message'}"
 
 
 class ObjectNotFound(Permanent):

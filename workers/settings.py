@@ -113,6 +113,8 @@ class LimitsSettings(Strict):
     """How long a host's worker may stay away before the steps that wait for it fail."""
     lease: float = Field(default=30, gt=0)
     """How long a lease outlives its last heartbeat: how soon a dead worker is noticed."""
+    lease_wait: float = Field(default=3600, gt=0)
+    """How long a step waits for another run that works on the same component."""
     attempts: int = Field(default=2, ge=1)
     """How often a step is tried, the first time included."""
     streams: int = Field(default=4, ge=1)

@@ -57,7 +57,7 @@ url = "sqlite:////var/lib/ai-micro-backup/catalog.sqlite"
 watchdog_seconds = 5
 """
 
-pytestmark = [pytest.mark.docker, pytest.mark.slow, pytest.mark.xdist_group("deployment")]
+pytestmark = [pytest.mark.docker, pytest.mark.slow]
 
 
 @dataclass(frozen=True)

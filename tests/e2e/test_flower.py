@@ -41,7 +41,7 @@ with subprocess.Popen([{tar!r}, *sys.argv[1:]], stdout=subprocess.PIPE) as tar:
         time.sleep(0.1)
 sys.exit(tar.returncode)
 """
-pytestmark = [pytest.mark.browser, pytest.mark.slow, pytest.mark.xdist_group("flower")]
+pytestmark = [pytest.mark.browser, pytest.mark.slow]
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,6 @@ from workers.catalog import Artifact, Kind, Run, State, Step
 from workers.errors import CatalogError
 from workers.settings import CONFIG_VARIABLE, get_settings
 
-pytestmark = pytest.mark.xdist_group("catalog")  # one crew of processes is enough
 PROCESSES = 8
 DUE = datetime(2026, 11, 22, 2, 0, tzinfo=UTC)
 

@@ -95,6 +95,9 @@ class DockerProcess:
             try:
                 self.kill()
             finally:
+                # A program that ends without reading all of its input leaves the engine, and `write`, stuck for 25 s.
+                with contextlib.suppress(OSError):
+                    self._socket.shutdown(socket.SHUT_RDWR)
                 self._response.close()
 
     def kill(self) -> None:

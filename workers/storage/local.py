@@ -140,7 +140,9 @@ def _create(folder: Path) -> tuple[int, Path]:
 def _make_folder(folder: Path) -> None:
     if not folder.is_dir():
         _make_folder(folder.parent)
-        with contextlib.suppress(FileExistsError):  # exist_ok would look again, and others may have removed it
+        with contextlib.suppress(
+            FileExistsError
+        ):  # exist_ok would look again, and others may have removed it
             folder.mkdir(mode=0o700)
         _sync_folder(folder.parent)
 
