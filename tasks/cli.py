@@ -222,14 +222,14 @@ def _send(task: Any, *args: Any, **kwargs: Any) -> str:
 
 
 def _follow(run_id: str, *, wait: bool, as_json: bool) -> None:
-    from tasks.watch import follow
+    from tasks.watch import follow, origin
 
     run = follow(run_id, console=None if as_json else console) if wait else catalog.get_run(run_id)
     document = _run_document(run)
     if as_json:
         print(json.dumps(document))
     elif run.kind is catalog.Kind.PLAN:
-        print(_origin(run))
+        print(origin(run))
         for line in document["outcome"].get("overwrites", []):
             print(line)
     elif run.state is State.COMPLETE:
@@ -240,19 +240,6 @@ def _follow(run_id: str, *, wait: bool, as_json: bool) -> None:
         cause = escape(str(run.cause))
         console.print(f"[red]failed:[/red] {run.kind} {run.id}: {cause}", highlight=False, soft_wrap=True)
         raise typer.Exit(Exit.FAILED)
-
-
-def _origin(run: Run) -> str:
-    """Return a line that says from what a plan would restore, and how old that is."""
-    from tasks import archive as archives
-    from workers.settings import get_settings
-    from workers.storage import open_store
-
-    metadata = archives.read_metadata(open_store(get_settings().store), str(run.archive))
-    age = catalog.now() - metadata.backup_time
-    hours, minutes = divmod(age.seconds // 60, 60)
-    when = f"{metadata.backup_time:%Y-%m-%d %H:%M:%S} UTC, {age.days} d {hours} h {minutes} min old"
-    return f"{run.archive}: {metadata.system_name} {metadata.system_version} of {when}"
 
 
 def _run_document(run: Run) -> dict[str, Any]:

@@ -13,10 +13,13 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
 
+from tasks import archive
 from workers import catalog
 from workers.app import app
 from workers.catalog import Run, State
 from workers.progress import EVENT
+from workers.settings import get_settings
+from workers.storage import open_store
 
 POLL_SECONDS = 0.3
 
@@ -40,6 +43,15 @@ def follow(run_id: str, *, console: Console | None) -> Run:
             time.sleep(POLL_SECONDS)
         bars.update(headline, description=f"run {run_id}: {run.state}", total=1, completed=1)
     return run
+
+
+def origin(run: Run) -> str:
+    """Return a line that says from what a plan would restore, and how old that is."""
+    metadata = archive.read_metadata(open_store(get_settings().store), str(run.archive))
+    age = catalog.now() - metadata.backup_time
+    hours, minutes = divmod(age.seconds // 60, 60)
+    when = f"{metadata.backup_time:%Y-%m-%d %H:%M:%S} UTC, {age.days} d {hours} h {minutes} min old"
+    return f"{run.archive}: {metadata.system_name} {metadata.system_version} of {when}"
 
 
 @contextmanager

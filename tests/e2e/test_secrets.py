@@ -35,6 +35,7 @@ class Watch:
         self.events: list[str] = []
         self.answers: list[str] = []
         self._stop = threading.Event()
+        self._receiver: Any = None
         self._app = Celery("watch", broker=url, set_as_current=False)
         targets = (self._sample, self._receive, self._inspect)
         self._threads = [threading.Thread(target=target, name=target.__name__) for target in targets]
@@ -46,6 +47,7 @@ class Watch:
 
     def __exit__(self, *_: object) -> None:
         self._stop.set()
+        self._receiver.should_stop = True
         for thread in self._threads:
             thread.join()
         self._app.close()
@@ -63,12 +65,9 @@ class Watch:
             self.events.append(json.dumps(event, default=str))
 
         with self._app.connection_for_read() as connection:
-            receiver = self._app.events.Receiver(connection, handlers={"*": keep})
-            while not self._stop.is_set():
-                try:
-                    receiver.capture(limit=None, timeout=1, wakeup=False)
-                except TimeoutError:
-                    continue
+            self._receiver = self._app.events.Receiver(connection, handlers={"*": keep})
+            # Without a timeout: it would only count the time in which no event comes, and workers send heartbeats.
+            self._receiver.capture(limit=None, timeout=None, wakeup=False)
 
     def _inspect(self) -> None:
         inspect = self._app.control.inspect(timeout=0.5)

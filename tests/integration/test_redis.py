@@ -79,7 +79,7 @@ class Server:
         )
 
     def start(self) -> None:
-        assert self.do("start"), (self.folder / "log").read_text()
+        assert self.do("start"), [path.name for path in self.folder.iterdir()]
         deadline = time.monotonic() + 20
         while time.monotonic() < deadline:
             with contextlib.suppress(redis.ConnectionError), self.client() as client:
@@ -739,7 +739,9 @@ def test_killed_anywhere_it_converges(
     before = {"swap": ["stage"], "revert": ["stage", "swap"], "settle": ["stage", "swap"]}[step]
     kills = 0
     killed = True
-    for fatal in range(1, 40):
+    # Each end takes a second or more; the older server, which differs little, is killed at every other program.
+    stride = 1 if server.version >= (7,) else 2
+    for fatal in range(1, 40, stride):
         for end, expected in ends[step]:
             for earlier in before:
                 getattr(component, earlier)(wanted)
@@ -767,4 +769,4 @@ def test_killed_anywhere_it_converges(
             break
     else:
         raise AssertionError("the step never ran to its end")
-    assert kills >= {"swap": 8, "revert": 6, "settle": 2}[step]
+    assert kills >= {"swap": 8, "revert": 6, "settle": 2}[step] // stride
