@@ -150,7 +150,7 @@ def run_id(flower: Flower) -> str:
 def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
     chromium = shutil.which("chromium")
     if chromium is None:
-        pytest.skip("no chromium here; as root on Debian, scripts/install-browser installs it")
+        pytest.skip("no chromium here; as root on Debian, scripts/install-test-tools installs it")
     options = [
         "--no-sandbox",
         "--disable-gpu",

@@ -7,7 +7,6 @@ import json
 import re
 import tarfile
 import threading
-import time
 import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -37,7 +36,7 @@ class Watch:
         self._stop = threading.Event()
         self._receiver: Any = None
         self._app = Celery("watch", broker=url, set_as_current=False)
-        targets = (self._sample, self._receive, self._inspect)
+        targets = (self._sample, self._receive, self._ask_what_is_active, self._ask_the_rest)
         self._threads = [threading.Thread(target=target, name=target.__name__) for target in targets]
 
     def __enter__(self) -> Self:
@@ -69,15 +68,18 @@ class Watch:
             # Without a timeout: it would only count the time in which no event comes, and workers send heartbeats.
             self._receiver.capture(limit=None, timeout=None, wakeup=False)
 
-    def _inspect(self) -> None:
-        inspect = self._app.control.inspect(timeout=0.5)
+    def _ask_what_is_active(self) -> None:
         while not self._stop.is_set():
-            for question in ("active", "reserved", "stats", "conf", "query_task"):
-                found = (
-                    inspect.query_task("none") if question == "query_task" else getattr(inspect, question)()
-                )
-                self.answers.append(json.dumps(found, default=str))
-            time.sleep(0.2)
+            self._ask("active", timeout=0.2)
+
+    def _ask_the_rest(self) -> None:
+        while not self._stop.is_set():
+            for question in ("reserved", "stats", "conf"):
+                self._ask(question, timeout=0.5)
+
+    def _ask(self, question: str, *, timeout: float) -> None:
+        found = getattr(self._app.control.inspect(timeout=timeout), question)()
+        self.answers.append(json.dumps(found, default=str))
 
 
 @pytest.fixture(scope="module")
@@ -134,7 +136,7 @@ def seen(scene: Rehearsal, secrets: dict[str, bytes]) -> dict[str, bytes]:
     lines = watch.command_lines
     assert all(any(word in line for line in lines) for word in (b"pg_dump", b"pg_restore", b"redis"))
     assert any("task-progress" in event for event in watch.events)
-    assert any("backup_component" in answer for answer in watch.answers)
+    assert any("tasks.restore.control_services" in answer for answer in watch.answers)
     texts["command lines"] = b"\n".join(lines)
     texts["events"] = "\n".join(watch.events).encode()
     texts["workers' answers"] = "\n".join(watch.answers).encode()
