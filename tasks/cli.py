@@ -234,6 +234,8 @@ def _follow(run_id: str, *, wait: bool, as_json: bool) -> None:
             print(line)
     elif run.state is State.COMPLETE:
         console.print(f"[green]complete:[/green] {run.kind} {run.id}, archive {run.archive}", highlight=False)
+        if ill := run.outcome.get("ill"):
+            console.print(f"[yellow]not asked for their health, being ill before:[/yellow] {', '.join(ill)}")
     elif run.state is State.RUNNING:
         console.print(f"started: {run.kind} {run.id}; see: ai-micro-backup show {run.id}", highlight=False)
     if run.state is State.FAILED:

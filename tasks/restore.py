@@ -1,8 +1,9 @@
 """Restores: of a full archive, or of some of its components, that end with the data in place or with what was there.
 
-    inspect → verify → (config → recreate) → stage → stop → swap → start → health → settle
+    inspect → verify → (look) → (config → recreate) → stage → stop → swap → start → health → settle
                                                   any failure: stop → revert → start → health
 
+A restore of some components ``look``s which services are ill before it: those it does not ask for their health.
 What is live is first touched by ``stop``. The data is compared with the record while it is staged, and again by a
 component whose server loads it in ``swap``, before the services start and go on changing it.
 """
@@ -136,11 +137,16 @@ def restore_step(
 
 @app.task(bind=True, name="tasks.restore.control_services")
 def control_services(self: Task[Any, Any], run_id: str, names: Sequence[str], action: str) -> dict[str, Any]:
-    """``stop``, ``start`` or check the ``health`` of services of one host, in the order given."""
+    """``stop``, ``start`` or check the ``health`` of services of one host, in the order given.
+
+    ``look`` asks each once and returns the names of those that are ``ill``.
+    """
     settings = get_settings()
     services = {service.name: service for service in settings.services}
 
     def work(_lease: Lease) -> dict[str, Any]:
+        if action == "look":
+            return {"ill": [name for name in names if _is_ill(services[name])]}
         for name in names:
             _control(services[name], action, settings)
         return {}
@@ -171,6 +177,15 @@ def _control(service: ServiceSettings, action: str, settings: Settings) -> None:
     except BackupError as error:
         kind = ComparisonError if action == "health" else Permanent
         raise kind(f"service {service.name}: {error}") from error
+
+
+def _is_ill(service: ServiceSettings) -> bool:
+    try:
+        if service.health:
+            wait_until_healthy(str(service.health), seconds=0)
+    except ComparisonError:
+        return True
+    return False
 
 
 def _parts(key: str, component: str) -> list[Part]:
@@ -221,6 +236,9 @@ class RestoreWorkflow:
                         f"run-{run.id}",
                     )
                 ]
+            case "look":
+                # Services that need what is not restored now may have been ill before, and stay so.
+                groups = _groups(run) if set(run.components) < set(get_settings().components) else []
             case "config":
                 return [self._step(run, name, ["stage", "swap"]) for name in _configs(run)]
             case "recreate":
@@ -235,7 +253,9 @@ class RestoreWorkflow:
             case "revert" | "settle":
                 return [self._step(run, name, [action]) for name in run.components]
             case "health":
-                groups = _groups(run)
+                ill = run.outcome.get("ill", [])
+                asked = [(host, [name for name in names if name not in ill]) for host, names in _groups(run)]
+                groups = [(host, names) for host, names in asked if names]
             case _:
                 groups = [_groups(run)[int(index)]]
                 action = "stop" if action == "stop" else "start"
@@ -258,15 +278,20 @@ class RestoreWorkflow:
         if phase == "inspect":
             PlanWorkflow().following(run, phase, steps)
             run = catalog.get_run(run.id)
+        if phase == "look":
+            catalog.note(
+                run.id,
+                outcome={"ill": [name for step in steps for name in (step.result or {}).get("ill", [])]},
+            )
         groups = range(len(_groups(run)))
         stop, start = [f"stop.{group}" for group in groups], [f"start.{group}" for group in reversed(groups)]
         recreate = ["config", "recreate"] if run.outcome.get("missing") else []
-        forward = ["inspect", "verify", *recreate, "stage", *stop, "swap", *start, "health", "settle"]
+        forward = ["inspect", "verify", "look", *recreate, "stage", *stop, "swap", *start, "health", "settle"]
         back = [f"abort-{name}" for name in [*stop, "revert", *start, "health"]]
         if phase in back:
             path = back
         elif failed and phase != "settle":
-            if phase in ("inspect", "verify"):
+            if phase in ("inspect", "verify", "look"):
                 return None
             services_ran_on = phase in (*recreate, "stage")
             return "abort-revert" if services_ran_on else back[0]

@@ -190,6 +190,17 @@ def test_one_component_leaves_the_others_as_they_are(
     assert scene.differences() == others
 
 
+def test_a_lost_system_comes_back_component_by_component(scene: Rehearsal) -> None:
+    """Until the last one, services are ill for want of what is not restored yet: that must not undo what is."""
+    scene.demo.destroy_data()
+    for component in ("uploads", "auth-keys", "config", "redis", "postgres"):
+        run = scene.restore("--component", component, "--confirm", component)
+        assert run["state"] == "complete"
+        assert set(run["outcome"]["ill"]) >= {"auth-service", "user-api", "admin-api"}
+    assert scene.differences() == []
+    scene.demo.wait_healthy()
+
+
 @pytest.mark.usefixtures("untouched")
 def test_a_plan_says_what_would_be_overwritten_and_does_nothing(scene: Rehearsal) -> None:
     now = scene.demo.fingerprint()
