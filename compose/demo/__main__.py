@@ -71,7 +71,9 @@ def main() -> int:
     config = folder / "backup.toml"
     cluster = Cluster(folder, config, broker=broker, environment=environment)
     if runtime == "process" and not shutil.which("redis-cli", path=cluster.environment["PATH"]):
-        console.print("no redis-cli here: install redis-tools, or use Python 3.11 or 3.12, whose wheel brings it")
+        console.print(
+            "no redis-cli here: install redis-tools, or use Python 3.11 or 3.12, whose wheel brings it"
+        )
         return 1
     try:
         step(f"starting the demo system ({runtime}), about {size:g} MB")
