@@ -18,6 +18,7 @@ from compose.demo import settings
 from compose.demo.cluster import REPOSITORY, Cluster, ClusterError
 from compose.demo.config_tree import DEFAULT_SIZE, Ports, Secrets
 from compose.demo.docker_cli import DockerError
+from compose.demo.docker_images import engine_answers, stop_engine
 from compose.demo.docker_system import DockerSystem
 from compose.demo.embedded import RedisServer, ServerError, free_port
 from compose.demo.embedded_system import EmbeddedSystem
@@ -75,9 +76,12 @@ def main() -> int:
             "no redis-cli here: install redis-tools, or use Python 3.11 or 3.12, whose wheel brings it"
         )
         return 1
+    stops_engine = runtime == "docker" and not engine_answers()
+    is_up = False
     try:
         step(f"starting the demo system ({runtime}), about {size:g} MB")
         system.up()
+        is_up = True
         config.write_text(settings.settings(describe(), folder=folder, broker_port=broker.port))
         held = system.seed(size)
         system.wait_healthy(timeout=HEALTH_SECONDS)
@@ -90,7 +94,10 @@ def main() -> int:
             console.print(f"KEEP=1: everything still runs; settings and logs are in {shown(folder)}")
         else:
             cluster.stop()
-            system.down()
+            if is_up:
+                system.down()
+            if stops_engine:
+                stop_engine()
     for line in differences[:DIFFERENCES_SHOWN]:
         console.print(f"differs: {line}")
     console.print("demo: FAIL" if differences else "demo: PASS")

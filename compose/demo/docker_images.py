@@ -54,6 +54,20 @@ def ensure_engine(*suites: str) -> None:
     run([script, "base-images", *sorted(set(suites) | {"trixie"})], timeout=900)
 
 
+def engine_answers() -> bool:
+    """Say whether a Docker engine answers now."""
+    try:
+        run(["docker", "info"], timeout=30)
+    except (DockerError, OSError):
+        return False
+    return True
+
+
+def stop_engine() -> None:
+    """Stop the engine that `ensure_engine` started; one that something else started goes on. Raise DockerError."""
+    run([str(COMPOSE / "engine.sh"), "stop"], timeout=120)
+
+
 def _build(image: str, suite: str, folder: Path, context: Path) -> None:
     source = _source(suite, folder)
     if _label(image) == source:
