@@ -7,7 +7,8 @@ from typing import Any
 from tasks.schedule import cron_lines
 from workers.app import app, or_exit
 from workers.hosts import CONTROL, queue_of
-from workers.settings import Settings, get_settings, parse_cron
+from workers.sections import parse_cron
+from workers.settings import Settings, get_settings
 
 
 def build(settings: Settings) -> dict[str, dict[str, Any]]:

@@ -29,7 +29,8 @@ from workers.hosts import CONTROL, queue_of
 from workers.locks import Lease
 from workers.progress import Progress
 from workers.runtime import open_service, sweep
-from workers.settings import ServiceSettings, Settings, get_settings
+from workers.sections import ServiceSettings
+from workers.settings import Settings, get_settings
 from workers.storage import open_store
 
 

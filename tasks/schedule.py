@@ -10,7 +10,8 @@ from tasks.backup import FULL_SYSTEM, backup_full_system
 from workers import catalog
 from workers.app import app
 from workers.catalog import State, now
-from workers.settings import ScheduleSettings, get_settings, parse_cron
+from workers.sections import ScheduleSettings, parse_cron
+from workers.settings import get_settings
 
 A_YEAR_OF_MINUTES = 366 * 24 * 60
 CLOCK_SKEW = timedelta(seconds=30)

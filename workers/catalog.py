@@ -26,7 +26,8 @@ from sqlalchemy.exc import SQLAlchemyError
 from sqlmodel import Field, Session, SQLModel, col, create_engine, select, update
 
 from workers.errors import CatalogError
-from workers.settings import CatalogSettings, get_settings
+from workers.sections import CatalogSettings
+from workers.settings import get_settings
 
 RUN_ID_FORMAT = "%Y%m%d_%H%M%S"
 TABLES_LOCK = 0x61696D62

@@ -19,7 +19,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from workers.errors import ObjectExists, ObjectNotFound, Permanent
-from workers.settings import StoreSettings
+from workers.sections import StoreSettings
 from workers.storage import Store, StoredObject, open_store
 
 ROOT = Path(__file__).parents[2]
@@ -328,7 +328,7 @@ def test_puts_deletes_and_lists_do_not_disturb_one_another(backend: Backend) -> 
 
 WRITER = """
 import sys
-from workers.settings import StoreSettings
+from workers.sections import StoreSettings
 from workers.storage import open_store
 
 def source():

@@ -29,7 +29,8 @@ from workers.component import BaseComponent, Part, Restore, Source
 from workers.errors import IntegrityError, LeaseLost, ObjectExists, ObjectNotFound
 from workers.locks import Lease
 from workers.progress import Item, Progress
-from workers.settings import Settings, StoreSettings, SystemSettings
+from workers.sections import StoreSettings, SystemSettings
+from workers.settings import Settings
 from workers.storage.local import LocalStore
 
 ROOT = Path(__file__).parents[2]

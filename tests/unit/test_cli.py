@@ -18,6 +18,7 @@ from typer.testing import CliRunner, Result
 
 from compose.demo.embedded import free_port
 from tasks import archive, cli
+from tasks.commands import common
 from tests.configured import configured, write_settings
 from workers import catalog, errors
 from workers.catalog import Artifact, Kind
@@ -135,7 +136,7 @@ def test_a_broker_that_is_away_exits_5_without_its_address(
     def fail(*_: Any, **__: Any) -> None:
         raise error
 
-    monkeypatch.setattr(cli, "_send", fail)
+    monkeypatch.setattr(common, "send", fail)
     done = call("backup")
 
     assert done.exit_code == 5
@@ -217,7 +218,7 @@ def test_a_run_that_failed_exits_1_with_its_cause_whatever_it_holds(
     run = catalog.open_run(Kind.BACKUP, job="manual", components=["keys"])
     assert run
     catalog.finish_run(run.id, cause="keys: [/red] [bold] ['a'] é")
-    monkeypatch.setattr(cli, "_send", lambda *_args, **_kwargs: run.id)
+    monkeypatch.setattr(common, "send", lambda *_args, **_kwargs: run.id)
 
     for words in (["backup"], ["backup", "--no-wait"], ["restore", "a", "--confirm", "shop"]):
         done = call(*words)
@@ -253,7 +254,7 @@ def test_what_is_sent_is_what_was_asked_for(configuration: Settings, monkeypatch
         sent.append((task.name.rpartition(".")[2], args, kwargs))
         return run.id
 
-    monkeypatch.setattr(cli, "_send", send)
+    monkeypatch.setattr(common, "send", send)
     for words in (
         ["backup"],
         ["backup", "keys", "settings"],

@@ -8,7 +8,8 @@ import pytest
 from pydantic import BaseModel
 
 from workers.component import BaseComponent, load
-from workers.settings import ServiceSettings, Settings, read_settings
+from workers.sections import ServiceSettings
+from workers.settings import Settings, read_settings
 
 EXAMPLE = Path(__file__).parents[2] / "backup.example.toml"
 FOLDERS = ("api-auth", "api-user", "api-admin", "front-user", "front-admin", "postgres", "redis")

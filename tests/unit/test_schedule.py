@@ -21,7 +21,8 @@ from tasks import backup, schedule
 from tests.configured import configured, write_settings
 from workers import catalog
 from workers.catalog import Kind, Run
-from workers.settings import ScheduleSettings, Settings, parse_cron
+from workers.sections import ScheduleSettings, parse_cron
+from workers.settings import Settings
 
 ROOT = Path(__file__).parents[2]
 APP = Celery(set_as_current=False, timezone="UTC")

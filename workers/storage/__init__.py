@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
-    from workers.settings import StoreSettings
+    from workers.sections import StoreSettings
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,26 @@
+"""Commands that back up."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from tasks.commands import common
+from tasks.commands.common import Json, Wait, translated
+
+
+def backup(
+    components: Annotated[
+        list[str] | None, typer.Argument(help="Components; by default the full system.")
+    ] = None,
+    *,
+    wait: Wait = True,
+    as_json: Json = False,
+) -> None:
+    """Back up the full system, or the components named."""
+    from tasks.backup import backup_full_system
+
+    with translated():
+        run_id = common.send(backup_full_system, components or None)
+        common.follow(run_id, wait=wait, as_json=as_json)

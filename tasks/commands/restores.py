@@ -1,0 +1,39 @@
+"""Commands that restore."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from tasks.commands import common
+from tasks.commands.common import Json, Wait, translated
+
+
+def restore(
+    archive: Annotated[str, typer.Argument(help="Name of the archive, as `list` shows it.")],
+    *,
+    component: Annotated[str | None, typer.Option(help="Restore only this component.")] = None,
+    confirm: Annotated[
+        str | None, typer.Option(help="Name of the system or component to be overwritten.")
+    ] = None,
+    plan: Annotated[bool, typer.Option("--plan", help="Only show what would be overwritten.")] = False,
+    wait: Wait = True,
+    as_json: Json = False,
+) -> None:
+    """Restore a full archive, or one component of it, and show that it is in place."""
+    from tasks.restore import restore_component, restore_full_system
+
+    with translated():
+        if component:
+            run_id = common.send(restore_component, archive, component, confirm=confirm, plan=plan)
+        else:
+            run_id = common.send(restore_full_system, archive, confirm=confirm, plan=plan)
+        common.follow(run_id, wait=wait or plan, as_json=as_json)
+
+
+def plan(
+    archive: str, *, component: Annotated[str | None, typer.Option()] = None, as_json: Json = False
+) -> None:
+    """Show what a restore would overwrite, from what, how old, and do nothing."""
+    restore(archive, component=component, plan=True, as_json=as_json)

@@ -1,0 +1,119 @@
+"""Commands that show what there is."""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from tasks.commands import common
+from tasks.commands.common import Exit, Json, translated
+from workers import catalog
+from workers.errors import CatalogError
+
+
+def list_archives(*, as_json: Json = False) -> None:
+    """List the archives, the newest first."""
+    with translated():
+        rows = [
+            {
+                "archive": row.key,
+                "created": f"{row.created:%Y-%m-%d %H:%M:%S}",
+                "size": row.size,
+                "sha256": row.sha256,
+            }
+            for row in catalog.list_artifacts()
+        ]
+    if as_json:
+        print(json.dumps(rows))
+        return
+    table = Table("archive", "created (UTC)", "size", box=None)
+    for row in rows:
+        table.add_row(str(row["archive"]), str(row["created"]), common.size_of(int(str(row["size"]))))
+    Console().print(table if rows else "no archive yet; make one with: ai-micro-backup backup")
+
+
+def show(name: Annotated[str, typer.Argument(help="An archive or a run.")], *, as_json: Json = False) -> None:
+    """Show what an archive holds, or how a run went."""
+    from tasks import archive as archives
+    from workers.settings import get_settings
+    from workers.storage import open_store
+
+    with translated():
+        try:
+            document = common.run_document(catalog.get_run(name))
+        except CatalogError:
+            store = open_store(get_settings().store)
+            document = archives.read_metadata(store, archives.resolve(store, name)).model_dump(mode="json")
+    if as_json:
+        print(json.dumps(document))
+    elif "parts" in document:
+        _show_archive(document)
+    else:
+        Console().print_json(data=document)
+
+
+def status(*, as_json: Json = False) -> None:
+    """Show which hosts answer, what runs, and the newest backup with its age."""
+    from workers.app import app
+    from workers.hosts import CONTROL, answering_queues, queue_of
+    from workers.settings import get_settings
+
+    with translated():
+        settings = get_settings()
+        answering = answering_queues(app)
+        hosts = {host: queue_of(host) in answering for host in settings.hosts}
+        runs = [common.run_document(run) for run in catalog.list_runs(limit=10)]
+        newest = next((row for row in catalog.list_artifacts() if row.key.startswith("full_system/")), None)
+    age = (catalog.now() - newest.created).total_seconds() if newest else None
+    document = {
+        "system": settings.system.name,
+        "control": CONTROL in answering,
+        "hosts": hosts,
+        "newest_full_backup": newest.key if newest else None,
+        "age_seconds": age,
+        "runs": runs,
+    }
+    if as_json:
+        print(json.dumps(document))
+    else:
+        _show_status(document)
+    if not (all(hosts.values()) and document["control"]):
+        raise typer.Exit(Exit.UNAVAILABLE)
+
+
+def _show_archive(document: dict[str, Any]) -> None:
+    out = Console()
+    out.print(f"{document['system_name']} {document['system_version']}, backup of {document['backup_time']}")
+    table = Table("part", "host", "stored", "plain", "holds", box=None)
+    for part in document["parts"]:
+        holds = ", ".join(
+            f"{key} {value}" for key, value in part["holds"].items() if isinstance(value, (str, int))
+        )
+        table.add_row(
+            part["name"],
+            part["host"],
+            common.size_of(part["size"]),
+            common.size_of(part["plain_size"]),
+            escape(holds),
+        )
+    out.print(table)
+
+
+def _show_status(document: dict[str, Any]) -> None:
+    out = Console()
+    for name, answers in {"control": document["control"], **document["hosts"]}.items():
+        out.print(f"{name}: {'[green]answers[/green]' if answers else '[red]does not answer[/red]'}")
+    age = document["age_seconds"]
+    newest = (
+        f"{document['newest_full_backup']}, {age / 3600:.1f} h old" if age is not None else "[red]none[/red]"
+    )
+    out.print(f"newest full backup: {newest}")
+    table = Table("run", "kind", "job", "state", "cause", box=None)
+    for run in document["runs"]:
+        table.add_row(run["id"], run["kind"], run["job"], run["state"], escape(run["cause"] or ""))
+    out.print(table)

@@ -1,0 +1,111 @@
+"""The tables of the configuration, each a model; `workers.settings` reads them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+from urllib.parse import quote
+
+from celery.schedules import ParseException, crontab
+from pydantic import AfterValidator, Field, HttpUrl
+
+from workers.location import Location
+from workers.secret import Secret, Strict
+
+
+def parse_cron(line: str) -> crontab:
+    """Return the schedule of a five-field cron line (UTC). Raises ``ValueError``."""
+    try:
+        return crontab.from_string(line)
+    except (ValueError, ParseException) as error:
+        raise ValueError(f"not a cron line of five fields: {line!r} ({error})") from error
+
+
+def _cron(line: str) -> str:
+    parse_cron(line)
+    return line
+
+
+Cron = Annotated[str, AfterValidator(_cron)]
+HostName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")]
+
+
+class SystemSettings(Strict):
+    """The system that is backed up."""
+
+    name: str = Field(min_length=1)
+    """What a destructive call must ``confirm``."""
+    version: str = "1.0.0"
+
+
+class ServiceSettings(Location):
+    """A service that is stopped before a restore and started after it. Their order is the order of stopping."""
+
+    name: str
+    host: HostName
+    health: HttpUrl | None = None
+    """Answers 200 when the service is healthy; asked from its host."""
+    uses: tuple[str, ...] = ()
+    """The components it uses: a restore of others leaves it running. By default it uses all."""
+
+
+class StoreSettings(Strict):
+    """Where artifacts lie: a folder that every host sees under the same path."""
+
+    kind: Literal["local"] = "local"
+    path: Path
+
+
+class BrokerSettings(Strict):
+    """The Redis that carries tasks, results and leases."""
+
+    host: str = "127.0.0.1"
+    port: int = 6379
+    database: int = 0
+    password: Secret | None = None
+
+    @property
+    def url(self) -> str:
+        """The URL with the password in it: a secret."""
+        login = f":{quote(self.password.resolve(), safe='')}@" if self.password else ""
+        return f"redis://{login}{self.host}:{self.port}/{self.database}"
+
+
+class CatalogSettings(Strict):
+    """The database of the catalogue, for the control workers and the command line."""
+
+    url: str = "sqlite:///catalog.sqlite"
+    """An SQLAlchemy URL without a password: ``sqlite:///…`` or ``postgresql+psycopg://user@host/database``."""
+    password: Secret | None = None
+
+
+class ScheduleSettings(Strict):
+    """When beat sends what, as cron lines in UTC."""
+
+    full_system: Cron | None = "0 2 * * *"
+    components: dict[str, Cron] = Field(default_factory=dict)
+    """A schedule of its own for a component, by its name."""
+    config_watch_seconds: float = Field(default=300, ge=1)
+    """How often each ``config`` component is looked at for changes."""
+    watchdog_seconds: float = Field(default=30, ge=1)
+
+
+class LimitsSettings(Strict):
+    """Bounds in seconds, so that every run ends."""
+
+    component: float = Field(default=4 * 3600, gt=0)
+    """The longest that one component's backup, or one step of its restore, may take."""
+    run: float = Field(default=24 * 3600, gt=0)
+    """The longest that a run may take, whatever happens."""
+    absent_host: float = Field(default=120, gt=0)
+    """How long a host's worker may stay away before the steps that wait for it fail."""
+    lease: float = Field(default=30, gt=0)
+    """How long a lease outlives its last heartbeat: how soon a dead worker is noticed."""
+    lease_wait: float = Field(default=3600, gt=0)
+    """How long a step waits for another run that works on the same component."""
+    attempts: int = Field(default=2, ge=1)
+    """How often a step is tried, the first time included."""
+    streams: int = Field(default=4, ge=1)
+    """How many streams of one component, databases for example, are read at the same time."""
+    health: float = Field(default=120, gt=0)
+    """How long services may take to become healthy after a restore."""
