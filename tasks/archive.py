@@ -132,7 +132,7 @@ def write_archive(run: Run, steps: Sequence[Step], lease: Lease, progress: Progr
 
 def archive_key(run: Run, settings: Settings) -> str:
     """Return the store key of a run's archive; its file name is a promise to users."""
-    if set(run.components) == set(settings.components):
+    if set(run.components) == set(settings.components) and not run.options:
         return f"full_system/full_backup_{run.id}{SUFFIX}"
     return f"components/{'+'.join(run.components)}_backup_{run.id}{SUFFIX}"
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from datetime import datetime
 from typing import Any
@@ -15,7 +15,7 @@ from tasks.step import perform
 from workers import catalog, streams
 from workers.app import app
 from workers.catalog import Artifact, Kind, Run, Step, now
-from workers.component import BaseComponent, Part, Source
+from workers.component import BaseComponent, Part, Source, check_options
 from workers.errors import BackupError, ObjectNotFound, Permanent
 from workers.hosts import CONTROL, queue_of
 from workers.locks import Lease
@@ -31,19 +31,26 @@ PARTS = TypeAdapter(list[Part])
 
 @app.task(name="tasks.backup.backup_full_system")
 def backup_full_system(
-    components: Sequence[str] | None = None, *, job: str = "manual", scheduled_at: str | None = None
+    components: Sequence[str] | None = None,
+    *,
+    options: Mapping[str, Any] | None = None,
+    job: str = "manual",
+    scheduled_at: str | None = None,
 ) -> str | None:
     """Start a backup of all components, or of those named, and return the id of its run.
 
-    ``scheduled_at`` (ISO 8601) is beat's: a job runs once for it, and a second call returns ``None``.
-    Raises ``Permanent`` for a component that does not exist or when a restore is running.
+    ``options`` are for one component, and its own (`BaseComponent.backup_options`). ``scheduled_at`` (ISO 8601) is
+    beat's: a job runs once for it, and a second call returns ``None``. Raises ``Permanent`` for a component that does
+    not exist or when a restore is running, ``SettingsError`` for options that it does not have.
     """
     known = get_settings().components
     chosen = list(known) if components is None else list(components)
     if unknown := [name for name in chosen if name not in known]:
         raise Permanent(f"there is no component {', '.join(unknown)}; there are {', '.join(known)}")
+    if options:
+        check_options(known[only(chosen)].backup_options, options, chosen[0])
     when = datetime.fromisoformat(scheduled_at) if scheduled_at else None
-    run = catalog.open_run(Kind.BACKUP, job=job, components=chosen, scheduled_at=when)
+    run = catalog.open_run(Kind.BACKUP, job=job, components=chosen, options=options, scheduled_at=when)
     if run is None:
         return None
     if run.cause:
@@ -53,22 +60,30 @@ def backup_full_system(
 
 
 @app.task(bind=True, name="tasks.backup.backup_component")
-def backup_component(self: Task[Any, Any], run_id: str, name: str) -> dict[str, Any]:
+def backup_component(
+    self: Task[Any, Any], run_id: str, name: str, options: Mapping[str, Any]
+) -> dict[str, Any]:
     """Back up one component on its host and return the records of its parts."""
     component = get_settings().components[name]
     progress = Progress(self, name)
 
     def work(lease: Lease) -> dict[str, Any]:
-        return {
-            "parts": [
-                part.model_dump(mode="json") for part in store_component(run_id, component, lease, progress)
-            ]
-        }
+        parts = store_component(run_id, component, options, lease, progress)
+        return {"parts": [part.model_dump(mode="json") for part in parts]}
 
     return perform(self, name, work)
 
 
-def store_component(run_id: str, component: BaseComponent, lease: Lease, progress: Progress) -> list[Part]:
+def only(components: Sequence[str]) -> str:
+    """Return the one component that options are for. Raises ``Permanent``."""
+    if len(components) != 1:
+        raise Permanent(f"options are for one component, not for {', '.join(components)}; name one")
+    return components[0]
+
+
+def store_component(
+    run_id: str, component: BaseComponent, options: Mapping[str, Any], lease: Lease, progress: Progress
+) -> list[Part]:
     """Store the streams of a component, several at the same time, and return their records.
 
     A component that an earlier attempt finished is not done again; what an unfinished attempt left is removed first.
@@ -84,7 +99,7 @@ def store_component(run_id: str, component: BaseComponent, lease: Lease, progres
     sweep(component.runtime, component.name)
     for leftover in list(store.list(f"{parts_prefix(run_id)}{component.name}.")):
         store.delete(leftover.key)
-    sources = component.sources()
+    sources = component.sources(options)
     with ThreadPoolExecutor(max_workers=settings.limits.streams, thread_name_prefix=component.name) as pool:
         jobs = [
             pool.submit(_store_source, store, run_id, component, source, progress, lease)
@@ -151,7 +166,7 @@ class BackupWorkflow:
         if phase == "backup":
             task = "tasks.backup.backup_component"
             return [
-                Work(name, task, (run.id, name), queue_of(components[name].host), name)
+                Work(name, task, (run.id, name, run.options), queue_of(components[name].host), name)
                 for name in run.components
             ]
         return [Work("archive", "tasks.archive.assemble", (run.id,), CONTROL, f"run-{run.id}")]

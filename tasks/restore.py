@@ -10,7 +10,7 @@ component whose server loads it in ``swap``, before the services start and go on
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import groupby
 from typing import Any
 
@@ -22,7 +22,7 @@ from tasks.step import perform
 from workers import catalog
 from workers.app import app
 from workers.catalog import Kind, Run, Step
-from workers.component import Part, Restore
+from workers.component import Part, Restore, check_options
 from workers.errors import BackupError, ComparisonError, NotConfirmed, Permanent, RuntimeUnavailable
 from workers.health import wait_until_healthy
 from workers.hosts import CONTROL, queue_of
@@ -45,12 +45,31 @@ def restore_full_system(name: str, *, confirm: str | None = None, plan: bool = F
 
 
 @app.task(name="tasks.restore.restore_component")
-def restore_component(name: str, component: str, *, confirm: str | None = None, plan: bool = False) -> str:
-    """Start the restore of one component from the archive ``name``; ``confirm`` must be the component's name."""
-    return _start(name, [component], confirm=confirm, expected=component, plan=plan)
+def restore_component(
+    name: str,
+    component: str,
+    *,
+    options: Mapping[str, Any] | None = None,
+    confirm: str | None = None,
+    plan: bool = False,
+) -> str:
+    """Start the restore of one component from the archive ``name``; ``confirm`` must be the component's name.
+
+    ``options`` are the component's own (`BaseComponent.restore_options`); with some of them nothing that is live is
+    replaced, and no ``confirm`` is needed. Raises ``SettingsError`` for options that it does not have.
+    """
+    return _start(name, [component], options=options, confirm=confirm, expected=component, plan=plan)
 
 
-def _start(name: str, components: list[str] | None, *, confirm: str | None, expected: str, plan: bool) -> str:
+def _start(
+    name: str,
+    components: list[str] | None,
+    *,
+    options: Mapping[str, Any] | None = None,
+    confirm: str | None,
+    expected: str,
+    plan: bool,
+) -> str:
     settings = get_settings()
     store = open_store(settings.store)
     key = archive.resolve(store, name)
@@ -67,13 +86,13 @@ def _start(name: str, components: list[str] | None, *, confirm: str | None, expe
         raise Permanent(
             f"the settings know no component {', '.join(unknown)}, which {key} holds; configure it first"
         )
-    if not plan and confirm != expected:
+    if not plan and _overwrites(chosen, options or {}) and confirm != expected:
         raise NotConfirmed(
             f"this would overwrite {', '.join(chosen)} of {settings.system.name} with the backup of "
             f"{metadata.backup_time:%Y-%m-%d %H:%M:%S} UTC; see what exactly with plan=True, then confirm={expected!r}"
         )
     kind = Kind.PLAN if plan else Kind.RESTORE
-    run = catalog.open_run(kind, job="manual", components=chosen, archive=key)
+    run = catalog.open_run(kind, job="manual", components=chosen, archive=key, options=options)
     if run is None or run.cause:
         raise Permanent(f"the restore was not started: {run.cause if run else 'it exists'}")
     begin(run)
@@ -109,7 +128,7 @@ def inspect_component(self: Task[Any, Any], key: str, name: str) -> dict[str, An
 
 @app.task(bind=True, name="tasks.restore.restore_step")
 def restore_step(
-    self: Task[Any, Any], run_id: str, key: str, name: str, actions: Sequence[str]
+    self: Task[Any, Any], run_id: str, key: str, name: str, actions: Sequence[str], options: Mapping[str, Any]
 ) -> dict[str, Any]:
     """Do the named steps of the component's restore (see `BaseComponent`), one after another."""
     component = get_settings().components[name]
@@ -121,7 +140,7 @@ def restore_step(
 
     def work(lease: Lease) -> dict[str, Any]:
         sweep(component.runtime, name)
-        restore = Restore(run_id, _parts(key, name), read)
+        restore = Restore(run_id, _parts(key, name), read, options, store)
         for action in actions:
             with progress.reporting():
                 {
@@ -305,7 +324,11 @@ class RestoreWorkflow:
 
     def _step(self, run: Run, name: str, actions: list[str]) -> Work:
         return Work(
-            name, "tasks.restore.restore_step", (run.id, run.archive, name, actions), _queue(name), name
+            name,
+            "tasks.restore.restore_step",
+            (run.id, run.archive, name, actions, run.options),
+            _queue(name),
+            name,
         )
 
 
@@ -322,6 +345,12 @@ def _stopped_nothing(run: Run) -> bool:
     return not any(step.phase.startswith("stop.") for step in catalog.steps_of(run.id))
 
 
+def _overwrites(components: Sequence[str], options: Mapping[str, Any]) -> bool:
+    """Whether a restore replaces what is live; if not, no service is stopped for it and nothing is to be confirmed."""
+    known = get_settings().components
+    return any(check_options(known[name].restore_options, options, name).overwrites for name in components)
+
+
 def _queue(component: str) -> str:
     return queue_of(get_settings().components[component].host)
 
@@ -333,6 +362,8 @@ def _configs(run: Run) -> list[str]:
 
 def _groups(run: Run) -> list[tuple[str, list[str]]]:
     """Return the services to stop, in order, as runs of services on the same host."""
+    if not _overwrites(run.components, run.options):
+        return []
     using = [
         service
         for service in get_settings().services

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 from enum import StrEnum
@@ -16,6 +16,7 @@ from sqlalchemy import (
     Column,
     DateTime,
     Engine,
+    Enum,
     TypeDecorator,
     UniqueConstraint,
     event,
@@ -48,6 +49,20 @@ class Kind(StrEnum):
     BACKUP = "backup"
     RESTORE = "restore"
     PLAN = "plan"
+    COLLECT = "collect"
+    """Collects WAL."""
+    VERIFY = "verify"
+    COPY = "copy"
+    """Copies to the offsite store."""
+    PRUNE = "prune"
+
+
+def _text(members: type[StrEnum]) -> Any:
+    """Return the column type of an enumeration: text, so that a later version can add members."""
+    return Enum(members, native_enum=False, length=16)
+
+
+BESIDE_NO_RESTORE = (Kind.BACKUP, Kind.RESTORE, Kind.COLLECT)
 
 
 class UTCDateTime(TypeDecorator[datetime]):
@@ -75,13 +90,17 @@ class Run(SQLModel, table=True):
 
     id: str = Field(primary_key=True)
     """Its start as ``YYYYMMDD_HHMMSS``; a second later when that is taken."""
-    kind: Kind
+    kind: Kind = Field(sa_type=_text(Kind))
     job: str
     scheduled_at: datetime | None = Field(default=None, sa_type=UTCDateTime)
     components: list[str] = Field(sa_column=Column(JSON, nullable=False))
     archive: str | None = None
     """Store key of the archive that a backup made, or that a restore reads."""
-    state: State = State.RUNNING
+    options: dict[str, Any] = Field(default_factory=dict, sa_column=Column(JSON, nullable=False))
+    """What was asked of it beside the components; see `workers.component.Options`."""
+    store: str = "store"
+    """The table of the settings that describes the store it reads: ``store`` or ``offsite``."""
+    state: State = Field(default=State.RUNNING, sa_type=_text(State))
     phase: str = ""
     started: datetime = Field(sa_type=UTCDateTime)
     finished: datetime | None = Field(default=None, sa_type=UTCDateTime)
@@ -122,6 +141,31 @@ class Artifact(SQLModel, table=True):
     size: int = Field(sa_type=BigInteger)
     sha256: str
     details: dict[str, Any] = Field(sa_column=Column(JSON, nullable=False))
+
+
+class Verification(SQLModel, table=True):
+    """The ledger: what was proven of an archive, when, how deeply."""
+
+    id: int | None = Field(default=None, primary_key=True)
+    key: str = Field(index=True)
+    """Store key of the archive."""
+    store: str
+    """The table of the settings that describes the store it was read from: ``store`` or ``offsite``."""
+    level: str
+    ok: bool
+    taken: datetime = Field(sa_type=UTCDateTime)
+    run_id: str
+    details: dict[str, Any] = Field(sa_column=Column(JSON, nullable=False))
+    """What was compared, or what was wrong."""
+
+
+class Copy(SQLModel, table=True):
+    """A verified copy of an archive in the offsite store."""
+
+    key: str = Field(primary_key=True)
+    copied: datetime = Field(sa_type=UTCDateTime)
+    size: int = Field(sa_type=BigInteger)
+    sha256: str
 
 
 @functools.lru_cache(maxsize=4)
@@ -175,11 +219,14 @@ def open_run(
     job: str,
     components: Sequence[str],
     archive: str | None = None,
+    options: Mapping[str, Any] | None = None,
+    store: str = "store",
     scheduled_at: datetime | None = None,
 ) -> Run | None:
     """Open a run, and return it; ``None`` when the job had a run for ``scheduled_at`` already.
 
-    Nothing starts beside a restore: while one is running, the run comes back failed, with the cause.
+    What reads or writes components does not start beside a restore: while one is running, the run comes back failed,
+    with the cause.
     """
     start = now().replace(microsecond=0)
     while True:
@@ -190,12 +237,14 @@ def open_run(
             scheduled_at=scheduled_at,
             components=list(components),
             archive=archive,
+            options=dict(options or {}),
+            store=store,
             started=now(),
         )
         try:
             with session() as catalog:
                 restore = select(Run.id).where(Run.state == State.RUNNING, Run.kind == Kind.RESTORE)
-                if kind is not Kind.PLAN and (other := catalog.exec(restore).first()):
+                if kind in BESIDE_NO_RESTORE and (other := catalog.exec(restore).first()):
                     run.state, run.finished = State.FAILED, run.started
                     run.cause = f"the restore {other} was running"
                 catalog.add(run)

@@ -8,21 +8,33 @@ from __future__ import annotations
 
 import importlib
 from abc import abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
+from types import MappingProxyType
 from typing import Any, ClassVar
 from urllib.parse import quote
 
-from pydantic import Field
+from pydantic import Field, ValidationError
 
-from workers.errors import SettingsError
+from workers.errors import Permanent, SettingsError
 from workers.location import Location
 from workers.runtime import Runtime, Service, open_runtime, open_service
 from workers.secret import Secret, Strict
+from workers.storage import Store
 from workers.streams import Written
 
 KIND_PACKAGE = "tasks.components"
+NO_OPTIONS: Mapping[str, Any] = MappingProxyType({})
+
+
+class Options(Strict):
+    """What a caller asks of one backup or restore of one component, beside its settings. A kind adds its own fields."""
+
+    @property
+    def overwrites(self) -> bool:
+        """Whether a restore with these options replaces what is live; one that does not needs no confirmation."""
+        return True
 
 
 class Part(Strict):
@@ -74,6 +86,10 @@ class Restore:
     parts: Sequence[Part]
     read: Callable[[Part], Iterator[bytes]]
     """Yields a part's plain bytes and raises ``IntegrityError`` at their end when they are not as recorded."""
+    options: Mapping[str, Any] = field(default_factory=dict)
+    """What `BaseComponent.restore_options` validates."""
+    store: Store | None = None
+    """Where the archive lies, for what a restore needs beside its parts: WAL segments."""
 
 
 class BaseComponent(Location):
@@ -88,6 +104,9 @@ class BaseComponent(Location):
     """Its key in ``metadata.json``'s ``components``, as the runbook names it."""
     watched: ClassVar[bool] = False
     """Whether it is looked at often, and backed up when its `content_digest` changes."""
+    backup_options: ClassVar[type[Options]] = Options
+    restore_options: ClassVar[type[Options]] = Options
+    """What one backup or restore may be asked for."""
 
     name: str = Field(pattern=r"^[a-z0-9][a-z0-9-]{0,31}$")
     kind: str
@@ -106,8 +125,8 @@ class BaseComponent(Location):
         return {}
 
     @abstractmethod
-    def sources(self) -> list[Source]:
-        """Open what there is to back up. Nothing is left open when this raises."""
+    def sources(self, options: Mapping[str, Any] = NO_OPTIONS) -> list[Source]:
+        """Open what there is to back up, of what `backup_options` ask for. Nothing is left open when this raises."""
 
     def content_digest(self) -> str:
         """Return what the ``content_sha256`` of its part would be now; for ``watched`` components."""
@@ -129,6 +148,21 @@ class BaseComponent(Location):
     def revert(self, restore: Restore) -> None:
         """Bring back what stood before ``swap`` and remove what was staged; fine when there is neither."""
 
+    def check(self, part: Part, chunks: Iterator[bytes]) -> None:
+        """Read a part's plain ``chunks`` to their end with what knows their format, touching nothing.
+
+        Raises ``IntegrityError`` when they are no whole file of that format. Without a format: nothing to add.
+        """
+        for _ in chunks:
+            pass
+
+    def rehearse(self, restore: Restore) -> dict[str, Any]:
+        """Restore into a scratch place, compare with the record and remove it again; what is live is not touched.
+
+        Returns what was compared, for the ledger. Raises ``ComparisonError`` or ``IntegrityError``.
+        """
+        raise Permanent(f"components of kind {self.kind} cannot be rehearsed yet")
+
     @abstractmethod
     def by_hand(self, parts: Sequence[Part]) -> str:
         """Return Markdown for the archive's RESTORE.md: how to restore ``parts`` with public tools alone."""
@@ -136,6 +170,16 @@ class BaseComponent(Location):
     @abstractmethod
     def settle(self, restore: Restore) -> None:
         """Drop what stood before ``swap``."""
+
+
+def check_options(model: type[Options], options: Mapping[str, Any], component: str) -> Options:
+    """Return the validated options. Raises ``SettingsError`` with a line for each that the component does not know."""
+    try:
+        return model.model_validate(dict(options))
+    except ValidationError as error:
+        faults = error.errors(include_input=False, include_url=False)
+        lines = [f"{'.'.join(map(str, fault['loc'])) or 'options'}: {fault['msg']}" for fault in faults]
+        raise SettingsError(f"options of {component}", lines) from error
 
 
 def part_name(name: str) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import PurePosixPath
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -19,7 +19,7 @@ from tasks.components.trees import (
     present,
     would_overwrite,
 )
-from workers.component import BaseComponent, Part, Restore, Source
+from workers.component import NO_OPTIONS, BaseComponent, Part, Restore, Source
 from workers.errors import Permanent
 from workers.tar import TreeDigest
 
@@ -48,7 +48,7 @@ class Component(BaseComponent):
     exclude: tuple[str, ...] = ()
     """Shell patterns, as for ``tar --exclude``."""
 
-    def sources(self) -> list[Source]:
+    def sources(self, options: Mapping[str, Any] = NO_OPTIONS) -> list[Source]:
         """Open the listed files that exist. Raises ``Permanent`` when none does."""
         existing = self._existing()
         if not existing:

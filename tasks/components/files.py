@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import PurePosixPath
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import AfterValidator, Field
 
 from tasks.components.trees import OURS, Tree, by_hand, describe, only, would_overwrite
-from workers.component import BaseComponent, Part, Restore, Source
+from workers.component import NO_OPTIONS, BaseComponent, Part, Restore, Source
 from workers.errors import Permanent
 from workers.runtime import run
 from workers.tar import TreeDigest
@@ -51,7 +51,7 @@ class Component(BaseComponent):
     owner: Annotated[str, Field(pattern=r"^[\w.-]+(:[\w.-]+)?$")] | None = None
     """Modes and owner given to all that is restored; by default those recorded."""
 
-    def sources(self) -> list[Source]:
+    def sources(self, options: Mapping[str, Any] = NO_OPTIONS) -> list[Source]:
         """Open the tree. Raises ``Permanent`` when there is none; what changes while it is read is a warning."""
         kind, resolved, size = self._look()
         holds: dict[str, Any] = {"path": self.path, "type": kind, "base": resolved.name}

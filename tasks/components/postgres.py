@@ -12,7 +12,7 @@ import logging
 import re
 import shlex
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from typing import Any, ClassVar, Literal, cast
 
@@ -21,7 +21,7 @@ from pydantic import Field
 from tasks.components.postgres_roles import globals_argv, role_created
 from tasks.components.postgres_swap import OWN_DATABASES, Swap
 from tasks.components.psql import OPTIONS, ProcessGroup, Server, Session, Statement, literal, statements
-from workers.component import BaseComponent, Part, Restore, Source, part_name
+from workers.component import NO_OPTIONS, BaseComponent, Part, Restore, Source, part_name
 from workers.errors import CommandFailed, ComparisonError, Permanent
 from workers.runtime import Runtime, run
 from workers.secret import Secret
@@ -86,7 +86,7 @@ class Component(BaseComponent):
 
     # -- backup -------------------------------------------------------------------------------------------------
 
-    def sources(self) -> list[Source]:
+    def sources(self, options: Mapping[str, Any] = NO_OPTIONS) -> list[Source]:
         """Return a source for the globals and one for each database. Raises ``Permanent`` when one is missing."""
         server = self._server(self.maintenance_database)
         with server.session(self.maintenance_database) as session:

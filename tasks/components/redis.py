@@ -9,14 +9,14 @@ from __future__ import annotations
 import json
 import re
 import shlex
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import PurePosixPath
 from typing import Any, ClassVar, Literal
 
 from tasks.components.redis_server import USUAL_FOLDERS, RedisServer, databases, server_time
-from workers.component import Part, Restore, Source, part_name
+from workers.component import NO_OPTIONS, Part, Restore, Source, part_name
 from workers.errors import CommandFailed, ComparisonError, IntegrityError, Permanent, RuntimeUnavailable
 
 RDB = "redis-rdb"
@@ -120,7 +120,7 @@ class Component(RedisServer):
 
     kind: Literal["redis"]
 
-    def sources(self) -> list[Source]:
+    def sources(self, options: Mapping[str, Any] = NO_OPTIONS) -> list[Source]:
         """Take a snapshot and open it.
 
         ``holds`` has the exact number of ``keys`` and how many of them expire (``expires``), as redis-check-rdb

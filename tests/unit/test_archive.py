@@ -10,7 +10,7 @@ import re
 import stat
 import subprocess
 import tarfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from pathlib import Path, PurePosixPath
@@ -25,7 +25,7 @@ from tasks import archive
 from tests.metadata_schema import metadata_schema
 from workers import streams
 from workers.catalog import Kind, Run, Step
-from workers.component import BaseComponent, Part, Restore, Source
+from workers.component import NO_OPTIONS, BaseComponent, Part, Restore, Source
 from workers.errors import IntegrityError, LeaseLost, ObjectExists, ObjectNotFound
 from workers.locks import Lease
 from workers.progress import Item, Progress
@@ -54,7 +54,7 @@ class Stand(BaseComponent):
     def by_hand(self, parts: Sequence[Part]) -> str:
         return f"Restore {self.name} from {', '.join(part.name for part in parts)}."
 
-    def sources(self) -> list[Source]:
+    def sources(self, options: Mapping[str, Any] = NO_OPTIONS) -> list[Source]:
         raise NotImplementedError
 
     def overwrites(self, parts: Sequence[Part]) -> list[str]:
