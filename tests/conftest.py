@@ -12,6 +12,7 @@ from docker.errors import DockerException
 from xdist.scheduler import LoadScopeScheduling
 
 from compose.demo.embedded import PostgresServer, RedisServer, free_port
+from tests.postgres_servers import ServePostgres, shared_servers
 
 SPREAD = tuple(
     f"tests/{name}.py"
@@ -72,6 +73,16 @@ def postgres_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served
     folder = tmp_path_factory.mktemp("postgres")
     with PostgresServer(folder / "data", free_port(), password, settings=settings) as server:
         yield Served(server, "postgres", password)
+
+
+@pytest.fixture(scope="session")
+def serve_postgres(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServePostgres]:
+    """Gives a PostgreSQL of a major version (see `tests.postgres_servers`), one for all tests of this worker.
+
+    A test makes databases and roles of its own names and drops them.
+    """
+    with shared_servers(tmp_path_factory.mktemp) as serve:
+        yield serve
 
 
 @pytest.fixture(scope="session")

