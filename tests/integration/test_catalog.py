@@ -17,7 +17,7 @@ import pytest
 from tests.configured import write_settings
 from tests.conftest import Served
 from workers import catalog
-from workers.catalog import Artifact, Kind, Run, State, Step
+from workers.catalog import Artifact, Kind, Run, State, Step, database
 from workers.errors import CatalogError
 from workers.settings import CONFIG_VARIABLE, get_settings
 
@@ -50,12 +50,12 @@ def config(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Path]:
         path = write_settings(tmp_path, more=table)
         patch.setenv(CONFIG_VARIABLE, str(path))
         get_settings.cache_clear()
-        catalog._engine.cache_clear()
+        database.engine_of.cache_clear()
         try:
             yield path
         finally:
-            catalog._engine(get_settings().catalog, os.getpid()).dispose()
-            catalog._engine.cache_clear()
+            database.engine_of(get_settings().catalog, os.getpid()).dispose()
+            database.engine_of.cache_clear()
             get_settings.cache_clear()
             cleanup()
 
@@ -85,8 +85,8 @@ def _at_once(config: Path, work: Callable[[int], Any], number: int) -> Any:
     try:
         return work(number)
     finally:
-        catalog._engine(get_settings().catalog, os.getpid()).dispose()
-        catalog._engine.cache_clear()
+        database.engine_of(get_settings().catalog, os.getpid()).dispose()
+        database.engine_of.cache_clear()
 
 
 def together(crew: ProcessPoolExecutor, config: Path, work: Callable[[int], Any]) -> list[Any]:

@@ -1,0 +1,54 @@
+"""The catalogue: runs, their steps, and the artifacts they made. Only control workers write it; times are UTC."""
+
+from workers.catalog.artifacts import add_artifact, list_artifacts
+from workers.catalog.database import session
+from workers.catalog.models import (
+    RUN_ID_FORMAT,
+    Artifact,
+    Copy,
+    Kind,
+    Run,
+    State,
+    Step,
+    UTCDateTime,
+    Verification,
+    now,
+)
+from workers.catalog.runs import (
+    BESIDE_NO_RESTORE,
+    enter_phase,
+    find_scheduled,
+    finish_run,
+    get_run,
+    list_runs,
+    note,
+    open_run,
+    save_step,
+    steps_of,
+)
+
+__all__ = [
+    "BESIDE_NO_RESTORE",
+    "RUN_ID_FORMAT",
+    "Artifact",
+    "Copy",
+    "Kind",
+    "Run",
+    "State",
+    "Step",
+    "UTCDateTime",
+    "Verification",
+    "add_artifact",
+    "enter_phase",
+    "find_scheduled",
+    "finish_run",
+    "get_run",
+    "list_artifacts",
+    "list_runs",
+    "note",
+    "now",
+    "open_run",
+    "save_step",
+    "session",
+    "steps_of",
+]
