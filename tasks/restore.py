@@ -113,13 +113,15 @@ def verify_archive(self: Task[Any, Any], run_id: str, key: str) -> dict[str, Any
 
 
 @app.task(bind=True, name="tasks.restore.inspect_component")
-def inspect_component(self: Task[Any, Any], key: str, name: str) -> dict[str, Any]:
+def inspect_component(
+    self: Task[Any, Any], key: str, name: str, options: Mapping[str, Any]
+) -> dict[str, Any]:
     """Say what a restore of the component would overwrite, and whether where it lives is missing."""
     component = get_settings().components[name]
 
     def work(_lease: Lease) -> dict[str, Any]:
         try:
-            return {"lines": component.overwrites(_parts(key, name)), "missing": False}
+            return {"lines": component.overwrites(_parts(key, name), options), "missing": False}
         except RuntimeUnavailable as error:
             return {"lines": [f"{name}: not there now ({error})"], "missing": True}
 
@@ -220,7 +222,13 @@ class PlanWorkflow:
 
     def work(self, run: Run, phase: str) -> list[Work]:
         return [
-            Work(name, "tasks.restore.inspect_component", (run.archive, name), _queue(name), name)
+            Work(
+                name,
+                "tasks.restore.inspect_component",
+                (run.archive, name, run.options),
+                _queue(name),
+                name,
+            )
             for name in run.components
         ]
 

@@ -133,8 +133,11 @@ class BaseComponent(Location):
         raise TypeError(f"components of kind {self.kind} are not watched")
 
     @abstractmethod
-    def overwrites(self, parts: Sequence[Part]) -> list[str]:
-        """Say in a line each what a restore of ``parts`` would overwrite, for the plan."""
+    def overwrites(self, parts: Sequence[Part], options: Mapping[str, Any] = NO_OPTIONS) -> list[str]:
+        """Say in a line each what a restore of ``parts`` with these options would overwrite, for the plan.
+
+        Raises ``Permanent`` when it would be refused.
+        """
 
     @abstractmethod
     def stage(self, restore: Restore) -> None:

@@ -65,7 +65,7 @@ class Component(BaseComponent):
                 pass
         return content_sha256(digest)
 
-    def overwrites(self, parts: Sequence[Part]) -> list[str]:
+    def overwrites(self, parts: Sequence[Part], options: Mapping[str, Any] = NO_OPTIONS) -> list[str]:
         part = only(parts)
         root = PurePosixPath(self.root)
         lines = [

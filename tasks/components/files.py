@@ -58,7 +58,7 @@ class Component(BaseComponent):
         chunks = self._read(resolved, holds)
         return [Source(self.path, f"{self.name}.tar", "tree", chunks, size, holds)]
 
-    def overwrites(self, parts: Sequence[Part]) -> list[str]:
+    def overwrites(self, parts: Sequence[Part], options: Mapping[str, Any] = NO_OPTIONS) -> list[str]:
         lines = [would_overwrite(self.runtime, [PurePosixPath(self.path)], only(parts), self.path)]
         if self.exclude:
             lines.append(f"{self.path}: what the backup excludes is removed ({', '.join(self.exclude)})")

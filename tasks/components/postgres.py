@@ -153,7 +153,7 @@ class Component(BaseComponent):
 
     # -- restore ------------------------------------------------------------------------------------------------
 
-    def overwrites(self, parts: Sequence[Part]) -> list[str]:
+    def overwrites(self, parts: Sequence[Part], options: Mapping[str, Any] = NO_OPTIONS) -> list[str]:
         server = self._server(self._maintenance(parts))
         lines = []
         with server.session(self._maintenance(parts)) as session:

@@ -135,7 +135,7 @@ class Component(RedisServer):
         chunks = self._read(file, holds, began=server_time(info))
         return [Source(self.name, f"{self.name}.rdb", RDB, chunks, expected=int(size), holds=holds)]
 
-    def overwrites(self, parts: Sequence[Part]) -> list[str]:
+    def overwrites(self, parts: Sequence[Part], options: Mapping[str, Any] = NO_OPTIONS) -> list[str]:
         try:
             held = databases(self.info())
         except RuntimeUnavailable:

@@ -57,7 +57,7 @@ class Stand(BaseComponent):
     def sources(self, options: Mapping[str, Any] = NO_OPTIONS) -> list[Source]:
         raise NotImplementedError
 
-    def overwrites(self, parts: Sequence[Part]) -> list[str]:
+    def overwrites(self, parts: Sequence[Part], options: Mapping[str, Any] = NO_OPTIONS) -> list[str]:
         raise NotImplementedError
 
     def stage(self, restore: Restore) -> None:
