@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 from urllib.parse import quote
 
 from celery.schedules import ParseException, crontab
-from pydantic import AfterValidator, Field, HttpUrl
+from pydantic import AfterValidator, BeforeValidator, Discriminator, Field, HttpUrl, Tag, model_validator
 
 from workers.location import Location
 from workers.secret import Secret, Strict
@@ -49,11 +49,78 @@ class ServiceSettings(Location):
     """The components it uses: a restore of others leaves it running. By default it uses all."""
 
 
-class StoreSettings(Strict):
-    """Where artifacts lie: a folder that every host sees under the same path."""
+def _known_kind(kind: Any) -> Any:
+    if kind not in ("local", "s3"):
+        raise ValueError(f"a store's kind is 'local' or 's3', not {kind!r}")
+    return kind
 
-    kind: Literal["local"] = "local"
+
+class LocalStoreSettings(Strict):
+    """A folder that every host sees under the same path."""
+
+    kind: Annotated[Literal["local"], BeforeValidator(_known_kind)] = "local"
     path: Path
+
+    def secrets(self) -> dict[str, Secret]:
+        return {}
+
+
+class LockSettings(Strict):
+    """Object lock: nobody may delete an object before its time."""
+
+    mode: Literal["governance", "compliance"]
+    """``governance``: those with a special permission still may; ``compliance``: not even the account's owner."""
+    days: int = Field(ge=1)
+
+
+class S3StoreSettings(Strict):
+    """A bucket of S3, or of a server that speaks its protocol."""
+
+    kind: Literal["s3"]
+    bucket: str = Field(min_length=1)
+    prefix: str = Field(default="", pattern=r"^([A-Za-z0-9._~-]+(/[A-Za-z0-9._~-]+)*)?$")
+    """The folder of the bucket that is used; several systems can share a bucket."""
+    endpoint: HttpUrl | None = None
+    """The server, when it is not Amazon's."""
+    region: str | None = None
+    path_style: bool = False
+    """``https://server/bucket/key`` instead of ``https://bucket.server/key``; most other servers need it."""
+    access_key_id: Secret | None = None
+    secret_access_key: Secret | None = None
+    """Both or neither; without them boto3 finds credentials in its own places (environment, files, roles)."""
+    storage_class: str | None = None
+    """By default the bucket's; offsite ``STANDARD_IA``."""
+    checksums: Literal["sha256", "md5"] = "sha256"
+    """What the server checks uploads by; ``md5`` for servers that do not know the newer checksums."""
+    attempts: int = Field(default=5, ge=1)
+    """How often a request is tried, with growing pauses."""
+    unfinished_hours: float = Field(default=48, gt=0)
+    """Uploads older than that were left by killed writers and are aborted; longer than any run may take."""
+    lock: LockSettings | None = None
+    """For the offsite store only: what the main store holds in between must be deleted."""
+
+    @model_validator(mode="after")
+    def _both_keys(self) -> S3StoreSettings:
+        if (self.access_key_id is None) != (self.secret_access_key is None):
+            raise ValueError("access_key_id and secret_access_key: give both or neither")
+        return self
+
+    def secrets(self) -> dict[str, Secret]:
+        keys = {"access_key_id": self.access_key_id, "secret_access_key": self.secret_access_key}
+        return {name: secret for name, secret in keys.items() if secret is not None}
+
+
+def _store_kind(table: Any) -> str:
+    kind = table.get("kind") if isinstance(table, dict) else getattr(table, "kind", None)
+    return "(s3)" if kind == "s3" else "(local)"
+
+
+# The tags stand in the path of an error, where `workers.settings` leaves out what is in parentheses.
+StoreSettings = Annotated[
+    Annotated[LocalStoreSettings, Tag("(local)")] | Annotated[S3StoreSettings, Tag("(s3)")],
+    Discriminator(_store_kind),
+]
+"""Where artifacts lie."""
 
 
 class BrokerSettings(Strict):

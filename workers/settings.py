@@ -47,8 +47,9 @@ class Settings(Strict):
     compression_level: int = Field(default=3, ge=1, le=19)
 
     def missing_secrets(self, hosts: Iterable[str]) -> list[str]:
-        """Return a line for each secret that is missing here: the broker's, and those of the components of ``hosts``."""
+        """Return a line for each secret missing here: the broker's, the store's, those of the components of ``hosts``."""
         secrets = {"broker.password": self.broker.password}
+        secrets |= {f"store.{key}": secret for key, secret in self.store.secrets().items()}
         for name, component in self.components.items():
             if component.host in hosts:
                 secrets |= {f"components.{name}.{key}": secret for key, secret in component.secrets().items()}
@@ -119,7 +120,7 @@ def _components(tables: dict[str, Any]) -> tuple[dict[str, BaseComponent], list[
 
 def _lines(error: ValidationError) -> list[str]:
     return [
-        f"{'.'.join(map(str, fault['loc'])) or '(whole)'}: {fault['msg']}"
+        f"{'.'.join(part for part in map(str, fault['loc']) if part[:1] != '(') or '(whole)'}: {fault['msg']}"
         for fault in error.errors(include_input=False, include_url=False)
     ]
 

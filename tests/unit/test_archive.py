@@ -29,7 +29,7 @@ from workers.component import NO_OPTIONS, BaseComponent, Part, Restore, Source
 from workers.errors import IntegrityError, LeaseLost, ObjectExists, ObjectNotFound
 from workers.locks import Lease
 from workers.progress import Item, Progress
-from workers.sections import StoreSettings, SystemSettings
+from workers.sections import LocalStoreSettings, SystemSettings
 from workers.settings import Settings
 from workers.storage.local import LocalStore
 
@@ -117,7 +117,7 @@ class World:
                 "docs": Stand(name="docs", host="app1"),
                 "rules": Rules(name="rules", host="app1"),
             },
-            store=StoreSettings(path=folder / "store"),
+            store=LocalStoreSettings(path=folder / "store"),
         )
         self.run = Run(
             id=RUN_ID,

@@ -8,7 +8,7 @@ import pytest
 from pydantic import BaseModel
 
 from workers.component import BaseComponent, load
-from workers.sections import ServiceSettings
+from workers.sections import S3StoreSettings, ServiceSettings
 from workers.settings import Settings, read_settings
 
 EXAMPLE = Path(__file__).parents[2] / "backup.example.toml"
@@ -94,6 +94,16 @@ def test_the_values_shown_for_optional_keys_are_valid(tmp_path: Path) -> None:
     assert settings.schedule == defaults.schedule
     assert settings.broker == defaults.broker
     assert settings.catalog.password is not None
+
+
+def test_every_key_of_an_s3_store_is_shown_with_its_default_or_a_valid_value() -> None:
+    lines = re.findall(r"^#   ([a-z_]+ = .*)$", EXAMPLE.read_text(), flags=re.MULTILINE)
+    shown = S3StoreSettings.model_validate(tomllib.loads("\n".join(lines)))
+    assert shown.model_fields_set == set(S3StoreSettings.model_fields) - {
+        "lock"
+    }  # which is for offsite stores
+    for name in ("checksums", "attempts", "unfinished_hours"):
+        assert getattr(shown, name) == S3StoreSettings.model_fields[name].default
 
 
 def _tables(model: type[BaseModel]) -> list[type[BaseModel]]:

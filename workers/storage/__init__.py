@@ -6,6 +6,8 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
+from workers.errors import Permanent
+
 if TYPE_CHECKING:
     from workers.sections import StoreSettings
 
@@ -48,6 +50,15 @@ class Store(Protocol):
 
 def open_store(settings: StoreSettings) -> Store:
     """Return the store the settings describe."""
+    from workers.sections import S3StoreSettings
     from workers.storage.local import LocalStore
+    from workers.storage.s3 import S3Store
 
-    return LocalStore(settings.path)
+    return S3Store(settings) if isinstance(settings, S3StoreSettings) else LocalStore(settings.path)
+
+
+def check_key(key: str) -> str:
+    """Return the key. Raises ``Permanent`` for one that could lead elsewhere."""
+    if "\0" in key or any(part in ("", ".", "..") for part in key.split("/")):
+        raise Permanent(f"not a key of a stored object: {key!r}")
+    return key

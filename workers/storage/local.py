@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from workers.errors import ObjectExists, ObjectNotFound, Permanent, StoreUnavailable
-from workers.storage import StoredObject
+from workers.storage import StoredObject, check_key
 
 CHUNK = 1 << 20
 TEMPORARY_PREFIX = ".incoming-"
@@ -111,8 +111,8 @@ class LocalStore:
             folder = folder.parent
 
     def _path(self, key: str) -> Path:
-        parts = key.split("/")
-        if "\0" in key or any(part in ("", ".", "..") or part.startswith(TEMPORARY_PREFIX) for part in parts):
+        parts = check_key(key).split("/")
+        if any(part.startswith(TEMPORARY_PREFIX) for part in parts):
             raise Permanent(f"not a key of a stored object: {key!r}")
         return self.root.joinpath(*parts)
 
