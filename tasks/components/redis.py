@@ -6,111 +6,26 @@ from the sources of Redis 6.2 and 7.0 (``rdb.c``, ``aof.c``, ``redis-check-rdb.c
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import PurePosixPath
 from typing import Any, ClassVar, Literal
 
+from tasks.components.redis_rdb import CHECK_FILE, READ, Passing, begun, checked, read_through, without_mark
+from tasks.components.redis_scratch import load
 from tasks.components.redis_server import USUAL_FOLDERS, RedisServer, databases, server_time
+from tasks.components.redis_swap import ARRANGE, BEGIN, DROP, RECEIVE, REVERT, SWAP, WRITE, Staged
 from workers.component import NO_OPTIONS, Part, Restore, Source, part_name
 from workers.errors import CommandFailed, ComparisonError, IntegrityError, Permanent, RuntimeUnavailable
 
 RDB = "redis-rdb"
-CHECK = r"""
-check() {  # what redis-check-rdb says of the file $2; key names are left out, they may be secret
-  program=$(command -v "$1") || { echo "there is no program $1" >&2; return 1; }
-  tool=$(dirname "$program")/redis-check-rdb link=
-  if [ ! -x "$tool" ]; then  # the server is the tool, under this name
-    link=$(mktemp -d) tool=$link/redis-check-rdb.valkey-check-rdb
-    ln -s "$program" "$tool"
-  fi
-  status=0 said=$("$tool" "$2" 2>&1) || status=$?
-  [ -z "$link" ] || rm -r "$link"
-  if [ "$status" != 0 ]; then
-    echo "redis-check-rdb ended with status $status" >&2
-    printf '%s\n' "$said" | sed -n '/ERROR/,$ { /^\[offset/p }' >&2
-    return 1
-  fi
-  printf '%s\n' "$said" | grep -aE "AUX FIELD ctime|keys read| expires"
-  echo "magic $(head -c 9 "$2")"
-}
-"""
-"""The tool lies beside the server in packages and images; wheels have the server alone."""
-
-CHECK_FILE = CHECK + 'check "$1" "$2"'
-
-READ = CHECK + 'set -eu; exec 3<"$2"; check "$1" /proc/self/fd/3; echo; exec cat <&3'
-"""One open descriptor: a save in the meantime replaces the file's name, not what is read here."""
 
 SIZE = 'wc -c <"$1"'
-
-WRITE = 'umask 077; cat >"$1.new" && { sync "$1.new" 2>/dev/null || sync; } && mv "$1.new" "$1"'
-
-RECEIVE = 'umask 027; rm -rf "$1"; mkdir -m 0700 "$1"; mkdir "$1/new"; cat >"$2"'
-
-ARRANGE = r"""
-umask 027
-cd "$1"
-case $2 in
-  single) cp "$3" "$4" ;;  # a copy: the server appends to the one and not to the other
-  multi)
-    mkdir "$5"
-    ln "$3" "$5/$4.1.base.rdb" 2>/dev/null || cp "$3" "$5/$4.1.base.rdb"
-    printf 'file "%s.1.base.rdb" seq 1 type b\n' "$4" >"$5/$4.manifest" ;;
-esac
-like=../..
-[ ! -e "../../$3" ] || like=../../$3
-chown -R "$(stat -c %u:%g "$like")" .
-find . -type f -exec sync {} + 2>/dev/null || sync
-"""
-"""Lays out what the server will read (Redis takes an RDB as the beginning of an append-only file since 4.0)."""
-
-BEGIN = 'mkdir -p "$1/old"'
-
-SWAP = r"""
-cd "$1"; shift
-if [ ! -e kept ]; then
-  for name; do
-    if [ -e "old/$name" ]; then rm -rf "../$name"; elif [ -e "../$name" ]; then mv "../$name" old/; fi
-  done
-  sync . .. 2>/dev/null || sync
-  touch kept
-fi
-for name; do [ ! -e "new/$name" ] || { rm -rf "../$name"; mv "new/$name" ../; }; done
-sync . .. 2>/dev/null || sync
-touch swapped
-"""
-"""Killed anywhere and run again, it ends alike, even if something started the server in between."""
-
-REVERT = r"""
-cd "$1"; shift
-if [ -e kept ] && [ ! -e reverting ]; then
-  mkdir -p failed
-  for name; do [ ! -e "../$name" ] || { rm -rf "failed/$name"; mv "../$name" failed/; }; done
-  sync . .. 2>/dev/null || sync
-  touch reverting
-fi
-for name; do [ ! -e "old/$name" ] || { rm -rf "../$name"; mv "old/$name" ../; }; done
-sync . .. 2>/dev/null || sync
-"""
-
-DROP = 'for staging; do [ ! -d "$staging" ] || mv "$staging" "$staging.gone"; rm -rf "$staging.gone"; done'
-"""Renamed first: half a staging folder must not look like a younger one."""
-
-
-@dataclass(frozen=True)
-class Staged:
-    """What `Component.stage` remembers for the steps after it, when the server may be down."""
-
-    names: tuple[str, ...]
-    appendonly: bool
-    running: bool
-    keys: int
-    expires: int
 
 
 class Component(RedisServer):
@@ -121,19 +36,21 @@ class Component(RedisServer):
     kind: Literal["redis"]
 
     def sources(self, options: Mapping[str, Any] = NO_OPTIONS) -> list[Source]:
-        """Take a snapshot and open it.
+        """Take a snapshot and open it, by the ``method`` of the settings.
 
-        ``holds`` has the exact number of ``keys`` and how many of them expire (``expires``), as redis-check-rdb
-        counted them; ``databases`` has the keys of each, counted just after the snapshot began, hence approximate.
+        ``holds`` has the exact numbers of ``keys`` and of those that expire (``expires``), and both for each database
+        (``databases``, ``expiring``), as the snapshot has them. They are missing when it came over the network and
+        there is no server program to check it with.
         """
-        layout = self.layout(self.info())
-        info = self.snapshot()
-        version = info.get("valkey_version") or info["redis_version"]
-        holds: dict[str, Any] = {"databases": databases(info), "server_version": version}
-        file = layout.folder / layout.dbfilename
-        size = self.sh(SIZE, file)
-        chunks = self._read(file, holds, began=server_time(info))
-        return [Source(self.name, f"{self.name}.rdb", RDB, chunks, expected=int(size), holds=holds)]
+        info = self.source_info()
+        holds: dict[str, Any] = {"server_version": info.get("valkey_version") or info["redis_version"]}
+        if self.method == "network":
+            chunks, expected = self._network(holds), None
+        else:
+            file = self.layout(info).dump
+            began = server_time(self.snapshot())
+            chunks, expected = self._file(file, holds, began=began), int(self.sh(SIZE, file))
+        return [Source(self.name, f"{self.name}.rdb", RDB, chunks, expected=expected, holds=holds)]
 
     def overwrites(self, parts: Sequence[Part], options: Mapping[str, Any] = NO_OPTIONS) -> list[str]:
         try:
@@ -142,8 +59,7 @@ class Component(RedisServer):
             self.sh("true")  # raises when it is the container that is not there: a restore creates it first
             now = "whatever the server holds, which does not answer,"
         else:
-            each = ", ".join(f"{database} {keys}" for database, keys in held.items())
-            now = f"{sum(held.values())} keys" + (f" ({each})" if each else "")
+            now = f"{sum(held.values())} keys" + (f" ({described(held)})" if held else "")
         part = self._part(parts)
         age = datetime.now(UTC) - part.started
         recorded = part.holds.get("keys", "an unrecorded number of")
@@ -182,19 +98,27 @@ class Component(RedisServer):
         if "old" in self._state(staging):
             return  # its swap has begun, so it was staged
         file = staging / "new" / layout.dbfilename
-        self.sh(RECEIVE, staging, file, chunks=restore.read(part))
+        passing = Passing()
+        self.sh(RECEIVE, staging, file, chunks=passing.through(restore.read(part)))
         try:
-            found = _report(self.sh(CHECK_FILE, self.server, file))
+            said = self.sh(CHECK_FILE, self.server, file)
         except CommandFailed as error:
             raise ComparisonError(
                 f"{self.name}: its server (Redis {layout.version}) cannot read the snapshot, "
                 f"which Redis {part.holds.get('server_version', 'of an unknown version')} wrote: {error.stderr}"
             ) from error
-        for key in ("keys", "expires"):
-            if part.holds.get(key, found[key]) != found[key]:
-                raise ComparisonError(f"{self.name}: {found[key]} {key} staged, {part.holds[key]} recorded")
+        found = passing.report(said, part.name)
+        self._compare(part, found.holds, "staged")
         self.sh(ARRANGE, staging / "new", layout.form, *layout.names)
-        staged = Staged(layout.names, bool(layout.appendonly), running, found["keys"], found["expires"])
+        staged = Staged(
+            layout.names,
+            bool(layout.appendonly),
+            running,
+            found.keys,
+            found.expires,
+            dict(found.databases),
+            dict(found.expiring),
+        )
         self.sh(WRITE, staging / "staged.json", chunks=[json.dumps(asdict(staged)).encode()])
 
     def swap(self, restore: Restore) -> None:
@@ -210,14 +134,8 @@ class Component(RedisServer):
             self.service.stop()
             self.sh(SWAP, staging, *staged.names)
         self.start_service()
-        info = self.loaded()
-        low, high = staged.keys - staged.expires, staged.keys
-        loaded = sum(databases(info).values())
-        if "rdb_last_load_keys_loaded" in info:  # from 7.0: exact when just restored
-            loaded = int(info["rdb_last_load_keys_loaded"]) + int(info["rdb_last_load_keys_expired"])
-            low = low if "swapped" in state else high
-        if not low <= loaded <= high:
-            raise ComparisonError(f"{self.name}: the server loaded {loaded} keys, expected {low} to {high}")
+        if difference := staged.difference(self.loaded(), just_restored="swapped" not in state):
+            raise ComparisonError(f"{self.name}: the server loaded {difference}")
 
     def revert(self, restore: Restore) -> None:
         staging = self._find(restore)
@@ -233,28 +151,77 @@ class Component(RedisServer):
     def settle(self, restore: Restore) -> None:
         self.sh(DROP, *self._candidates(restore))
 
-    def _read(self, file: PurePosixPath, holds: dict[str, Any], *, began: int) -> Iterator[bytes]:
+    def check(self, part: Part, chunks: Iterator[bytes]) -> None:
+        """Have redis-check-rdb read it, and compare its keys with the record."""
+        reading = checked(self.runtime, self.server, chunks, name=part.name)
+        self._compare(part, read_through(reading).holds, "found")
+
+    def rehearse(self, restore: Restore) -> dict[str, Any]:
+        """Load it into a scratch server where the component lives, and compare the keys of each database.
+
+        That server needs the memory that the data takes, and disk for the file in the folder of temporary files.
+        """
+        part = self._part(restore.parts)
+        loaded = load(
+            self.runtime,
+            restore.read(part),
+            server=self.server,
+            cli=self.cli,
+            form="rdb",
+            component=self.name,
+        )
+        self._compare(part, asdict(loaded), "loaded")
+        return {"loaded_by": f"redis-server {loaded.server_version}", "databases": loaded.databases}
+
+    def _file(self, file: PurePosixPath, holds: dict[str, Any], *, began: int) -> Iterator[bytes]:
         """Yield the snapshot, checked before its first byte; it stays the same one whatever is saved meanwhile."""
+        passing = Passing()
         process = self.runtime.spawn(["sh", "-c", READ, "sh", self.server, str(file)])
         try:
             process.close_input()
             output, head = process.output(), b""
             while b"\n\n" not in head and (chunk := next(output, b"")):
                 head += chunk
-            report, _, chunk = head.partition(b"\n\n")
-            found = _report(report.decode(errors="replace"))
-            if found.pop("ctime", 0) < began:
+            said, _, chunk = head.partition(b"\n\n")
+            if begun(said.decode(errors="replace")) < began:
                 raise IntegrityError(
                     f"{self.name}: {file} is not the snapshot just taken; is data_dir right?"
                 )
-            holds.update(found)
-            if chunk:
-                yield chunk
-            yield from output
+            yield from passing.through(itertools.chain([chunk] if chunk else [], output))
+            holds.update(passing.report(said.decode(errors="replace"), str(file)).holds)
         except CommandFailed as error:
             raise IntegrityError(f"{self.name}: {file} cannot be read: {error.stderr}") from error
         finally:
             process.kill()
+
+    def _network(self, holds: dict[str, Any]) -> Iterator[bytes]:
+        """Yield a snapshot that the server sends as to a replica; redis-check-rdb reads it in passing, if it is here."""
+        self.wait_for_saves()  # else it would be the one that began before
+        received = without_mark(self._replicate(), name=self.name)
+        if self.has(self.server):
+            report = yield from checked(self.runtime, self.server, received, name=self.name)
+            holds.update(report.holds)
+        else:
+            yield from received
+
+    def _replicate(self) -> Iterator[bytes]:
+        process = self.runtime.spawn([*self.client(), "--rdb", "-"], env=self.client_environment())
+        try:
+            process.close_input()
+            yield from process.output()
+        except CommandFailed as error:
+            refused = re.search("NOAUTH|NOPERM|WRONGPASS|AUTH failed", error.stderr)
+            kind = Permanent if refused or error.status in (126, 127) else RuntimeUnavailable
+            raise kind(f"{self.name}: no snapshot came over the network: {error.stderr}") from error
+        finally:
+            process.kill()
+
+    def _compare(self, part: Part, found: Mapping[str, Any], verb: str) -> None:
+        for count in ("keys", "expires", "databases", "expiring"):
+            if count in part.holds and count in found and part.holds[count] != found[count]:
+                raise ComparisonError(
+                    f"{self.name}: {described(found[count])} {count} {verb}, {described(part.holds[count])} recorded"
+                )
 
     def _part(self, parts: Sequence[Part]) -> Part:
         if [part.kind for part in parts] != [RDB]:
@@ -279,13 +246,8 @@ class Component(RedisServer):
         return Staged(**json.loads(self.sh('cat "$1"', staging / "staged.json")))
 
 
-def _report(text: str) -> dict[str, int]:
-    """Return what `CHECK` found: ``keys``, ``expires``, ``rdb_version`` and ``ctime``, the second it was begun."""
-    patterns = {
-        "keys": r"(\d+) keys read",
-        "expires": r" (\d+) expires",
-        "rdb_version": r"magic [A-Z]+(\d+)",
-        "ctime": r"AUX FIELD ctime = '(\d+)'",
-    }
-    found = {key: re.search(pattern, text) for key, pattern in patterns.items()}
-    return {key: int(match[1]) for key, match in found.items() if match}
+def described(count: int | Mapping[str, int]) -> str:
+    """Return a count, or those of the databases, for people."""
+    if isinstance(count, int):
+        return str(count)
+    return ", ".join(f"{database} {keys}" for database, keys in sorted(count.items())) or "no"

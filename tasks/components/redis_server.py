@@ -9,12 +9,12 @@ import contextlib
 import itertools
 import re
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import PurePosixPath
-from typing import Annotated
+from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from workers.component import BaseComponent
 from workers.errors import CommandFailed, ComparisonError, Permanent, RuntimeUnavailable
@@ -43,6 +43,10 @@ class Layout:
     version: str
 
     @property
+    def dump(self) -> PurePosixPath:
+        return self.folder / self.dbfilename
+
+    @property
     def names(self) -> tuple[str, ...]:
         """Every name in the folder that holds data of the server."""
         return (self.dbfilename, self.appendfilename, self.appenddirname)
@@ -65,6 +69,14 @@ class RedisServer(BaseComponent):
     port: int = Field(default=6379, ge=1, le=65535)
     socket: str | None = None
     """The path of its Unix socket, instead of address and port."""
+    tls: bool = False
+    tls_ca: PurePosixPath | None = None
+    """Files where redis-cli runs: who signed the server's certificate, by default whom the system trusts,"""
+    tls_cert: PurePosixPath | None = None
+    tls_key: PurePosixPath | None = None
+    """and, for a server that asks for one, a certificate of the client's with its key."""
+    method: Literal["file", "network"] = "file"
+    """``file`` reads the dump from the data folder, ``network`` takes it over a replication connection."""
     cli: str = "redis-cli"
     server: str = "redis-server"
     """The server's program; what it refuses to read is refused before anything is touched."""
@@ -77,6 +89,14 @@ class RedisServer(BaseComponent):
     """With ``data_dir``, all that a restore must know when the server is down or keeps CONFIG to itself."""
     appendfilename: FileName | None = None
     appenddirname: FileName | None = None
+
+    @model_validator(mode="after")
+    def _tls_with_its_files(self) -> RedisServer:
+        if not self.tls and (self.tls_ca or self.tls_cert or self.tls_key):
+            raise ValueError("tls_ca, tls_cert and tls_key need tls = true")
+        if bool(self.tls_cert) != bool(self.tls_key):
+            raise ValueError("tls_cert and tls_key need each other")
+        return self
 
     def secrets(self) -> dict[str, Secret]:
         return {"password": self.password} if self.password else {}
@@ -120,6 +140,7 @@ class RedisServer(BaseComponent):
                     f"{self.name}: {self.server} does not tell its version: {said.strip()}"
                 ) from error
             info = {"redis_version": version[1]}
+        self.refuse_cluster(info)
         layout = self.layout(info)
         if info.get("role") == "slave":
             raise Permanent(
@@ -132,6 +153,23 @@ class RedisServer(BaseComponent):
                 f'{self.name}: set data_dir = "{layout.folder}", to be found while the server is down'
             )
         return layout, "run_id" in info or self.service.is_running()
+
+    def source_info(self) -> dict[str, str]:
+        """Return what INFO says; raise when what the server holds is not all there is to back up."""
+        info = self.info()
+        self.refuse_cluster(info)
+        if info["role"] == "slave" and info["master_link_status"] != "up":
+            raise RuntimeUnavailable(
+                f"{self.name} is a replica without a connection to its primary, so what it holds is old"
+            )
+        return info
+
+    def refuse_cluster(self, info: dict[str, str]) -> None:
+        if info.get("cluster_enabled") == "1":
+            raise Permanent(
+                f"{self.name} is a node of a Redis Cluster, which is not supported: it holds some of the slots only, and "
+                "they move"
+            )
 
     def snapshot(self) -> dict[str, str]:
         """Have the server write its dump anew and return what INFO said just after that began."""
@@ -160,6 +198,15 @@ class RedisServer(BaseComponent):
                 # FLUSHALL ends a save without calling it failed: once more.
             elif not re.search("in progress|child process", answer):
                 raise Permanent(f"{self.name}: the server refused BGSAVE: {answer.strip()}")
+            next(pause)
+
+    def wait_for_saves(self) -> None:
+        """Wait until no snapshot is being written."""
+        deadline = time.monotonic() + self.snapshot_timeout
+        pause = pauses(
+            deadline, f"{self.name}: another snapshot did not end within {self.snapshot_timeout:g} s"
+        )
+        while self.info()["rdb_bgsave_in_progress"] != "0":
             next(pause)
 
     def start_service(self) -> None:
@@ -192,18 +239,36 @@ class RedisServer(BaseComponent):
 
     def ask(self, *words: str, chunks: Sequence[bytes] = ()) -> str:
         """Return the answer to a command, or to those in ``chunks``; also an error, which redis-cli calls success."""
-        where = ["-s", self.socket] if self.socket else ["-p", str(self.port)]
-        where += ["-h", self.address] if self.address else []
-        where += ["--user", self.username] if self.username else []
-        env = {"REDISCLI_AUTH": self.password.resolve()} if self.password else {}
-        argv = ["timeout", f"{ANSWER_SECONDS}", self.cli, *where, *words]
+        argv = ["timeout", f"{ANSWER_SECONDS}", *self.client(), *words]
         try:
-            return run(self.runtime, argv, chunks=chunks, env=env).decode(errors="replace")
+            return run(self.runtime, argv, chunks=chunks, env=self.client_environment()).decode(
+                errors="replace"
+            )
         except CommandFailed as error:
             if error.stderr.startswith("AUTH failed") or error.status in (126, 127):
                 raise Permanent(f"{self.name}: {self.cli}: {error.stderr}") from error
             why = f"no answer within {ANSWER_SECONDS} s" if error.status == 124 else error.stderr
             raise RuntimeUnavailable(f"{self.name}: the server does not answer: {why}") from error
+
+    def client(self) -> list[str]:
+        """Return redis-cli's command line up to the command; its password is in `client_environment`."""
+        where = ["-s", self.socket] if self.socket else ["-p", str(self.port)]
+        where += ["-h", self.address] if self.address else []
+        where += ["--user", self.username] if self.username else []
+        where += ["--tls"] if self.tls else []
+        files = {"--cacert": self.tls_ca, "--cert": self.tls_cert, "--key": self.tls_key}
+        return [
+            self.cli,
+            *where,
+            *(word for flag, file in files.items() if file for word in (flag, str(file))),
+        ]
+
+    def client_environment(self) -> dict[str, str]:
+        return {"REDISCLI_AUTH": self.password.resolve()} if self.password else {}
+
+    def has(self, program: str) -> bool:
+        """Say whether there is such a program where the server lives."""
+        return bool(self.sh('command -v "$1" || :', program).strip())
 
     def sh(self, script: str, *words: object, chunks: Iterable[bytes] = ()) -> str:
         """Run a fixed script where the server lives, ``words`` being its ``$1``…, and return its stdout."""
@@ -211,9 +276,10 @@ class RedisServer(BaseComponent):
         return run(self.runtime, argv, chunks=chunks).decode(errors="replace")
 
 
-def databases(info: dict[str, str]) -> dict[str, int]:
-    """Return the number of keys of each database, from lines like ``db0:keys=3,expires=1,avg_ttl=0``."""
-    return {key: int(value.split(",")[0][5:]) for key, value in info.items() if re.fullmatch(r"db\d+", key)}
+def databases(info: Mapping[str, str], count: str = "keys") -> dict[str, int]:
+    """Return a count of each database, from lines like ``db0:keys=3,expires=1,avg_ttl=0``."""
+    lines = {key: value for key, value in info.items() if re.fullmatch(r"db\d+", key)}
+    return {key: int(value.partition(f"{count}=")[2].partition(",")[0]) for key, value in lines.items()}
 
 
 def server_time(info: dict[str, str]) -> int:

@@ -1,0 +1,91 @@
+"""A Redis server of its own that loads a backup, says what it holds, and is gone again.
+
+It loads as a replica of nobody: a replica drops no key that has expired, so what it counts is what was backed up,
+however old that is.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from tasks.components.redis_server import databases
+from workers.errors import CommandFailed, IntegrityError, Permanent
+from workers.runtime import Runtime, marker, run
+
+DATABASES = 16384
+"""As many as an RDB file or an append-only file may be expected to use; an empty one takes a few hundred bytes."""
+ABSENT = 3
+"""Exit status of `LOAD` when the program is missing."""
+LOAD = r"""
+umask 077
+server=$(command -v "$1") || { echo "there is no program $1" >&2; exit 3; }
+case $2 in */*) cli=$2 ;; *) cli=$(command -v "$2") || { echo "there is no program $2" >&2; exit 3; } ;; esac
+file=$3 child=
+scratch=${TMPDIR:-/tmp}/ai-micro-backup-scratch-$4
+unset REDISCLI_AUTH
+rm -rf "$scratch"
+mkdir "$scratch"
+trap '[ -z "$child" ] || kill -9 "$child" 2>/dev/null || :' EXIT
+trap 'exit 1' HUP INT TERM PIPE
+cd "$scratch"
+cat >"$file"
+case $file in *.aof) appendonly=yes ;; *) appendonly=no ;; esac
+(
+  echo 1000 >/proc/self/oom_score_adj || :  # short of memory, this one ends, and not the live server
+  exec nice "$server" --port 0 --unixsocket ./socket --unixsocketperm 700 --dir . --save '' --logfile ./log \
+    --appendonly "$appendonly" --appendfilename appendonly.aof --dbfilename dump.rdb --aof-load-truncated no \
+    --auto-aof-rewrite-percentage 0 --replicaof 127.0.0.1 1 --databases "$5"
+) </dev/null >/dev/null 2>&1 &
+child=$!
+until said=$("$cli" -s ./socket INFO 2>/dev/null) && case $said in *loading:0*) ;; *) false ;; esac; do
+  if ! kill -0 "$child" 2>/dev/null; then  # lines that name a key are left out: it may be secret
+    status=0; wait "$child" || status=$?; child=
+    echo "the scratch server ended with status $status while it loaded it" >&2
+    grep -a ' # ' log 2>/dev/null | grep -avE " key |'|[Ww][Aa][Rr][Nn]|initialized|loaded$" | sed 's/^.* # //' | tail -n 4 >&2
+    exit 1
+  fi
+  sleep 0.1
+done
+printf '%s\n' "$said"
+"""
+"""Its socket lies in a folder that nobody else may enter, hence no password; it listens on no port."""
+
+
+CLEAR = 'rm -rf "${TMPDIR:-/tmp}/ai-micro-backup-scratch-$1"'
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """What a scratch server held: keys, and those that expire, by ``db<number>``."""
+
+    databases: dict[str, int]
+    expiring: dict[str, int]
+    server_version: str
+
+
+def load(
+    runtime: Runtime, chunks: Iterable[bytes], *, server: str, cli: str, form: str, component: str
+) -> Loaded:
+    """Load ``chunks``, a file of the ``form`` ``rdb`` or ``aof``, where the component lives, and say what it holds.
+
+    It needs the memory that the data takes, and disk for the file below ``$TMPDIR``. Nothing is left; a worker that
+    is killed leaves its folder to the next load. Raises ``IntegrityError`` when the server cannot load it.
+    """
+    file = {"rdb": "dump.rdb", "aof": "appendonly.aof"}[form]
+    own = hashlib.sha256(marker(component).encode()).hexdigest()[:16]
+    argv = ["sh", "-euc", LOAD, "sh", server, cli, file, own, str(DATABASES)]
+    try:
+        said = run(runtime, argv, chunks=chunks).decode(errors="replace")
+    except CommandFailed as error:
+        kind = Permanent if error.status == ABSENT else IntegrityError
+        raise kind(f"{component}: {error.stderr}") from error
+    finally:
+        run(runtime, ["sh", "-c", CLEAR, "sh", own])
+    info = dict(line.split(":", 1) for line in said.splitlines() if ":" in line)
+    return Loaded(
+        databases=databases(info),
+        expiring=databases(info, "expires"),
+        server_version=info.get("valkey_version") or info["redis_version"],
+    )
