@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
+import sqlite3
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -13,6 +15,10 @@ from typing import Any
 
 import psycopg
 import pytest
+from alembic.autogenerate import compare_metadata
+from alembic.migration import MigrationContext
+from sqlalchemy.exc import IntegrityError as ForeignKeyViolation
+from sqlmodel import SQLModel
 
 from tests.configured import write_settings
 from tests.conftest import Served
@@ -23,6 +29,29 @@ from workers.settings import CONFIG_VARIABLE, get_settings
 
 PROCESSES = 8
 DUE = datetime(2026, 11, 22, 2, 0, tzinfo=UTC)
+TYPES = "CREATE TYPE kind AS ENUM ('BACKUP', 'RESTORE', 'PLAN');\nCREATE TYPE state AS ENUM ('RUNNING', 'COMPLETE', 'FAILED');"
+WITHOUT_VERSION = """
+CREATE TABLE run (id VARCHAR NOT NULL, kind {kind} NOT NULL, job VARCHAR NOT NULL, scheduled_at {moment},
+    components JSON NOT NULL, archive VARCHAR, state {state} NOT NULL, phase VARCHAR NOT NULL, started {moment} NOT NULL,
+    finished {moment}, cause VARCHAR, outcome JSON NOT NULL, PRIMARY KEY (id), UNIQUE (job, scheduled_at));
+CREATE TABLE artifact ("key" VARCHAR NOT NULL, run_id VARCHAR NOT NULL, job VARCHAR NOT NULL, created {moment} NOT NULL,
+    size BIGINT NOT NULL, sha256 VARCHAR NOT NULL, details JSON NOT NULL, PRIMARY KEY ("key"));
+CREATE INDEX ix_artifact_run_id ON artifact (run_id);
+CREATE TABLE step (run_id VARCHAR NOT NULL, phase VARCHAR NOT NULL, name VARCHAR NOT NULL, task VARCHAR NOT NULL,
+    args JSON NOT NULL, queue VARCHAR NOT NULL, lease VARCHAR NOT NULL, task_id VARCHAR NOT NULL, attempt INTEGER NOT NULL,
+    sent {moment} NOT NULL, last_seen {moment} NOT NULL, finished {moment}, error VARCHAR, result JSON,
+    PRIMARY KEY (run_id, phase, name), FOREIGN KEY(run_id) REFERENCES run (id));
+CREATE INDEX ix_step_task_id ON step (task_id);
+INSERT INTO run VALUES ('20261122_020000', 'BACKUP', 'full_system', '2026-11-22 02:00:00.000000{zone}', '["keys"]',
+    'full_system/a.tar.gz', 'COMPLETE', 'archive', '2026-11-22 02:00:01.000000{zone}', '2026-11-22 02:01:00.000000{zone}', NULL, '{{}}');
+INSERT INTO run VALUES ('20261122_030000', 'RESTORE', 'manual', NULL, '["keys"]', 'full_system/a.tar.gz', 'RUNNING',
+    'stage', '2026-11-22 03:00:00.000000{zone}', NULL, NULL, '{{"missing": []}}');
+INSERT INTO step VALUES ('20261122_020000', 'backup', 'keys', 'tasks.backup.backup_component', '["20261122_020000", "keys"]',
+    'host.app1', 'keys', 'a.1', 1, '2026-11-22 02:00:01.000000{zone}', '2026-11-22 02:00:01.000000{zone}', NULL, NULL, '{{"ok": true}}');
+INSERT INTO artifact VALUES ('full_system/a.tar.gz', '20261122_020000', 'full_system', '2026-11-22 02:00:01.000000{zone}', 7,
+    'f00', '{{"parts": []}}');
+"""
+"""What the version before schemas had versions made on an empty database, with a row of each kind."""
 
 
 @pytest.fixture(params=["sqlite", "postgresql"])
@@ -54,7 +83,8 @@ def config(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Path]:
         try:
             yield path
         finally:
-            database.engine_of(get_settings().catalog, os.getpid()).dispose()
+            if database.engine_of.cache_info().currsize:
+                database.engine_of(get_settings().catalog, os.getpid()).dispose()
             database.engine_of.cache_clear()
             get_settings.cache_clear()
             cleanup()
@@ -330,3 +360,102 @@ def test_a_catalogue_that_does_not_answer_is_an_error_of_ours_without_its_passwo
         catalog.list_runs()
     assert "the catalogue failed: OperationalError" in str(raised.value)
     assert "hunter2" not in str(raised.value)
+
+
+def make_old(more: str = "") -> str:
+    """Return what makes a catalogue as the version before schemas had versions did."""
+    if get_settings().catalog.url.startswith("sqlite"):
+        return more + WITHOUT_VERSION.format(
+            kind="VARCHAR(7)", state="VARCHAR(8)", moment="DATETIME", zone=""
+        )
+    moment = "TIMESTAMP WITH TIME ZONE"
+    return more + TYPES + WITHOUT_VERSION.format(kind="kind", state="state", moment=moment, zone="+00")
+
+
+def execute_old(script: str) -> None:
+    """Do what ``script`` says in the database of the settings, which no worker has opened yet."""
+    settings = get_settings().catalog
+    if settings.url.startswith("sqlite"):
+        with contextlib.closing(sqlite3.connect(settings.url.removeprefix("sqlite:///"))) as opened:
+            opened.execute("PRAGMA journal_mode=WAL")
+            opened.executescript(script)
+    else:
+        password = settings.password.resolve() if settings.password else None
+        with psycopg.connect(settings.url.replace("+psycopg", ""), password=password) as connection:
+            connection.execute(script.encode())
+
+
+def other_default(
+    _context: Any, _found: Any, column: Any, found: str | None, _said: Any, said: str | None
+) -> bool:
+    return not column.primary_key and (found or "").partition("::")[0].strip("'") != (said or "").strip("'")
+
+
+def differences() -> list[Any]:
+    """Return what Alembic would have to change for the database to be as the models say."""
+    with database.engine_of(get_settings().catalog, os.getpid()).connect() as connection:
+        context = MigrationContext.configure(connection, opts={"compare_server_default": other_default})
+        return list(compare_metadata(context, SQLModel.metadata))
+
+
+def test_migrations_make_what_the_models_say(config: Path) -> None:
+    assert differences() == []
+
+
+def _look(_number: int) -> list[str]:
+    return [run.id for run in catalog.list_runs()]
+
+
+def test_a_catalogue_without_a_version_is_upgraded_once_and_keeps_its_rows(
+    config: Path, crew: ProcessPoolExecutor
+) -> None:
+    execute_old(make_old())
+
+    assert together(crew, config, _look) == [["20261122_030000", "20261122_020000"]] * PROCESSES
+
+    assert differences() == []
+    running, complete = catalog.list_runs()
+    assert (running.kind, running.state, running.options, running.store) == (
+        Kind.RESTORE, State.RUNNING, {}, "store"
+    )  # fmt: skip
+    assert (complete.kind, complete.scheduled_at, complete.components) == (Kind.BACKUP, DUE, ["keys"])
+    (old,) = catalog.steps_of(complete.id)
+    assert (old.args, old.result, old.sent) == ([complete.id, "keys"], {"ok": True}, complete.started)
+    (artifact,) = catalog.list_artifacts()
+    assert (artifact.size, artifact.details) == (7, {"parts": []})
+    assert catalog.finish_run(running.id, cause="lost")
+    assert catalog.open_run(Kind.BACKUP, job="full_system", components=["keys"], scheduled_at=DUE) is None
+    assert catalog.open_run(Kind.COLLECT, job="manual", components=["keys"])
+    with pytest.raises(ForeignKeyViolation):
+        delete_run(complete.id)  # which a step refers to: foreign keys are watched again
+
+
+def delete_run(run_id: str) -> None:
+    with catalog.session() as opened:
+        opened.delete(opened.get_one(Run, run_id))
+
+
+def test_a_catalogue_of_a_newer_version_is_refused_and_left_alone(config: Path) -> None:
+    open_backup()
+    with catalog.session() as opened:
+        opened.connection().exec_driver_sql("UPDATE alembic_version SET version_num = '9999'")
+    database.engine_of(get_settings().catalog, os.getpid()).dispose()
+    database.engine_of.cache_clear()
+
+    with pytest.raises(
+        CatalogError, match=r"schema 9999, which a newer version .* up to 0002: install the newer"
+    ):
+        catalog.list_runs()
+
+
+def test_an_upgrade_that_fails_changes_nothing(config: Path) -> None:
+    execute_old(
+        make_old("CREATE TABLE copy (of INTEGER);")
+    )  # in the way of the last table that the upgrade makes
+    with pytest.raises(CatalogError, match="copy"):
+        catalog.list_runs()
+
+    execute_old("DROP TABLE copy")
+
+    assert len(catalog.list_runs()) == 2
+    assert differences() == []

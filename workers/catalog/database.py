@@ -11,19 +11,17 @@ from typing import Any
 from sqlalchemy import Engine, event, make_url
 from sqlalchemy.exc import IntegrityError as UniqueViolation
 from sqlalchemy.exc import SQLAlchemyError
-from sqlmodel import Session, SQLModel, create_engine
+from sqlmodel import Session, create_engine
 
+from workers.catalog import schema
 from workers.errors import CatalogError
 from workers.sections import CatalogSettings
 from workers.settings import get_settings
 
-TABLES_LOCK = 0x61696D62
-"""Number of the PostgreSQL advisory lock under which the tables are created."""
-
 
 @functools.lru_cache(maxsize=4)
 def engine_of(settings: CatalogSettings, _pid: int) -> Engine:
-    """Return the engine of a process, its database with all tables. Connections must not cross a fork: hence the id."""
+    """Return the engine of a process, its database with the newest schema. Connections must not cross a fork: hence the id."""
     url = make_url(settings.url)
     if settings.password:
         url = url.set(password=settings.password.resolve())
@@ -33,8 +31,8 @@ def engine_of(settings: CatalogSettings, _pid: int) -> Engine:
         @event.listens_for(engine, "connect")
         def _configure(connection: Any, _record: Any) -> None:
             connection.isolation_level = None  # else the driver begins transactions of its own
-            connection.execute("PRAGMA journal_mode=WAL")
             connection.execute("PRAGMA busy_timeout=30000")
+            connection.execute("PRAGMA journal_mode=WAL")
             connection.execute("PRAGMA foreign_keys=ON")
 
         @event.listens_for(engine, "begin")
@@ -42,11 +40,11 @@ def engine_of(settings: CatalogSettings, _pid: int) -> Engine:
             # A transaction that reads first and writes later would fail at once, without waiting, after a writer.
             connection.exec_driver_sql("BEGIN IMMEDIATE")
 
-    with engine.begin() as connection:
-        if url.get_backend_name() == "postgresql":
-            # Of two workers that start at once, the second must see the tables of the first.
-            connection.exec_driver_sql(f"SELECT pg_advisory_xact_lock({TABLES_LOCK})")
-        SQLModel.metadata.create_all(connection)
+    try:
+        schema.upgrade(engine)
+    except BaseException:
+        engine.dispose()
+        raise
     return engine
 
 

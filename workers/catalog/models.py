@@ -70,9 +70,11 @@ class Run(SQLModel, table=True):
     components: list[str] = Field(sa_column=Column(JSON, nullable=False))
     archive: str | None = None
     """Store key of the archive that a backup made, or that a restore reads."""
-    options: dict[str, Any] = Field(default_factory=dict, sa_column=Column(JSON, nullable=False))
+    options: dict[str, Any] = Field(
+        default_factory=dict, sa_column=Column(JSON, nullable=False, server_default="{}")
+    )
     """What was asked of it beside the components; see `workers.component.Options`."""
-    store: str = "store"
+    store: str = Field(default="store", sa_column_kwargs={"server_default": "store"})
     """The table of the settings that describes the store it reads: ``store`` or ``offsite``."""
     state: State = Field(default=State.RUNNING, sa_type=_text(State))
     phase: str = ""

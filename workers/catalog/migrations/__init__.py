@@ -1,0 +1,1 @@
+"""How a catalogue of each version before becomes one of this: a module of ``versions`` for each step."""

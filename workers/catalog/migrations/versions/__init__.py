@@ -1,0 +1,1 @@
+"""The steps, each made by Alembic from the one before it. What was released is never edited."""
