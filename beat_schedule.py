@@ -12,15 +12,15 @@ from workers.settings import Settings, get_settings
 
 
 def build(settings: Settings) -> dict[str, dict[str, Any]]:
-    """Return beat's entries: each scheduled backup by its job, and the watchdog."""
+    """Return beat's entries: each scheduled job by its name, and the watchdog."""
     entries: dict[str, dict[str, Any]] = {
         job: {
             "task": "tasks.schedule.start_scheduled",
             "schedule": parse_cron(line),
             "args": (job,),
-            "options": {"queue": CONTROL, "shadow": f"scheduled backup {job}"},
+            "options": {"queue": CONTROL, "shadow": f"scheduled {job}"},
         }
-        for job, line in cron_lines(settings.schedule).items()
+        for job, line in cron_lines(settings).items()
     }
     for name, component in settings.components.items():
         if component.watched:

@@ -19,6 +19,7 @@ from celery import Task
 from tasks import archive
 from tasks.runs import WORKFLOWS, Work, begin
 from tasks.step import perform
+from tasks.wal import require_no_collection
 from workers import catalog
 from workers.app import app
 from workers.catalog import Kind, Run, Step
@@ -104,6 +105,7 @@ def verify_archive(self: Task[Any, Any], run_id: str, key: str) -> dict[str, Any
     """Read the archive to its last byte before anything is touched."""
 
     def work(_lease: Lease) -> dict[str, Any]:
+        require_no_collection(catalog.get_run(run_id).components)
         progress = Progress(self, "archive")
         with progress.reporting():
             metadata = archive.verify(open_store(get_settings().store), key, progress=progress)

@@ -7,11 +7,12 @@ from datetime import UTC, datetime, timedelta
 from celery.schedules import crontab
 
 from tasks.backup import FULL_SYSTEM, backup_full_system
+from tasks.wal import COLLECT_WAL, collect_wal, wal_components
 from workers import catalog
 from workers.app import app
 from workers.catalog import State, now
-from workers.sections import ScheduleSettings, parse_cron
-from workers.settings import get_settings
+from workers.sections import parse_cron
+from workers.settings import Settings, get_settings
 
 A_YEAR_OF_MINUTES = 366 * 24 * 60
 CLOCK_SKEW = timedelta(seconds=30)
@@ -20,13 +21,16 @@ CLOCK_SKEW = timedelta(seconds=30)
 
 @app.task(name="tasks.schedule.start_scheduled")
 def start_scheduled(job: str) -> str | None:
-    """Start the backup of a scheduled job and return its run's id, ``None`` when it has been started already.
+    """Start the run of a scheduled job and return its run's id, ``None`` when it has been started already.
 
     Which time it is for follows from the schedule, not from the moment of sending: a beat that was down sends one
     backup for the last time it missed, and two beats start one backup.
     """
     settings = get_settings()
-    due = latest_due(parse_cron(cron_lines(settings.schedule)[job]), now() + CLOCK_SKEW)
+    due = latest_due(parse_cron(cron_lines(settings)[job]), now() + CLOCK_SKEW)
+    if job == COLLECT_WAL:
+        collection_id: str | None = collect_wal(job=job, scheduled_at=due.isoformat())
+        return collection_id
     components = None if job == FULL_SYSTEM else [job]
     run_id: str | None = backup_full_system(components, job=job, scheduled_at=due.isoformat())
     return run_id
@@ -59,10 +63,12 @@ def newest_digest(component: str) -> str | None:
     return None
 
 
-def cron_lines(schedule: ScheduleSettings) -> dict[str, str]:
-    """Return the cron line of each scheduled job: the full system's, and those of single components."""
+def cron_lines(settings: Settings) -> dict[str, str]:
+    """Return the cron line of each scheduled job: the full system's, those of single components, and the WAL's."""
+    schedule = settings.schedule
     full = {FULL_SYSTEM: schedule.full_system} if schedule.full_system else {}
-    return full | schedule.components
+    wal = {COLLECT_WAL: schedule.wal} if schedule.wal and wal_components(settings) else {}
+    return full | schedule.components | wal
 
 
 def latest_due(schedule: crontab, moment: datetime) -> datetime:

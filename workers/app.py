@@ -27,6 +27,7 @@ TASK_MODULES = (
     "tasks.restore",
     "tasks.runs",
     "tasks.schedule",
+    "tasks.wal",
     "tasks.watchdog",
 )
 

@@ -152,6 +152,8 @@ class ScheduleSettings(Strict):
     full_system: Cron | None = "0 2 * * *"
     components: dict[str, Cron] = Field(default_factory=dict)
     """A schedule of its own for a component, by its name."""
+    wal: Cron | None = "0 */6 * * *"
+    """When WAL is collected, where there is a ``wal_archive``."""
     config_watch_seconds: float = Field(default=300, ge=1)
     """How often each ``config`` component is looked at for changes."""
     watchdog_seconds: float = Field(default=30, ge=1)
@@ -174,5 +176,7 @@ class LimitsSettings(Strict):
     """How often a step is tried, the first time included."""
     streams: int = Field(default=4, ge=1)
     """How many streams of one component, databases for example, are read at the same time."""
+    recovery_point: float = Field(default=6 * 3600, gt=0)
+    """The age that the newest recoverable point of a PostgreSQL cluster should not exceed; ``status`` measures it."""
     health: float = Field(default=120, gt=0)
     """How long services may take to become healthy after a restore."""

@@ -14,6 +14,7 @@ import shlex
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from pathlib import PurePosixPath
 from typing import Any, ClassVar, Literal, cast
 
 from pydantic import Field
@@ -23,7 +24,7 @@ from tasks.components.postgres_swap import OWN_DATABASES, Swap
 from tasks.components.psql import OPTIONS, ProcessGroup, Server, Session, Statement, literal, statements
 from workers.component import NO_OPTIONS, BaseComponent, Part, Restore, Source, part_name
 from workers.errors import CommandFailed, ComparisonError, Permanent
-from workers.runtime import Runtime, run
+from workers.runtime import Runtime, open_runtime, run
 from workers.secret import Secret
 
 log = logging.getLogger(__name__)
@@ -80,6 +81,13 @@ class Component(BaseComponent):
     """Seconds that a statement waits for a lock that somebody holds, on a table or database, before it fails."""
     maintenance_database: str = "postgres"
     """Where to connect for what concerns no single database."""
+    wal_archive: PurePosixPath | None = None
+    """The folder, where the server is, into which its ``archive_command`` or ``pg_receivewal`` puts WAL. ``None``: WAL is not
+    collected."""
+    wal_timeout: float = Field(default=120, gt=0)
+    """Seconds that a collection waits for the server to archive its newest segment."""
+    wal_slot: str | None = Field(default=None, pattern=r"^[a-z0-9_]{1,63}$")
+    """The replication slot of a ``pg_receivewal``, which is watched; see compose/README.md."""
 
     def secrets(self) -> dict[str, Secret]:
         return {} if self.password is None else {"password": self.password}
@@ -290,7 +298,16 @@ class Component(BaseComponent):
         where = f"container {self.container}" if self.container else (self.address or "this host")
         return f"{self.name} ({where})"
 
-    def _server(self, database: str) -> Server:
+    @property
+    def wal_name(self) -> str:
+        """The name of its lease, and of the mark of its programs, while WAL is collected beside a backup."""
+        return f"{self.name}.wal"
+
+    def wal_server(self) -> Server:
+        """Return the server, with the programs that a collection starts marked as its own."""
+        return self._server(self.maintenance_database, open_runtime(self, component=self.wal_name))
+
+    def _server(self, database: str, runtime: Runtime | None = None) -> Server:
         env = {"PGUSER": self.user}
         if self.password is not None:
             env["PGPASSWORD"] = self.password.resolve()
@@ -299,7 +316,11 @@ class Component(BaseComponent):
         if self.port is not None:
             env["PGPORT"] = str(self.port)
         return Server.find(
-            self.runtime, env, database=database, bin_dir=self.bin_dir, lock_timeout=self.lock_timeout
+            runtime or self.runtime,
+            env,
+            database=database,
+            bin_dir=self.bin_dir,
+            lock_timeout=self.lock_timeout,
         )
 
     def _beside(self, server: Server, restore: Restore) -> Swap:

@@ -8,6 +8,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -129,6 +130,11 @@ class Wal:
         begins = [0, *(switch.lsn for switch in switches)]
         return [Begin(*pair) for pair in zip(timelines, begins, strict=True)]
 
+    def left_at(self, older: int, timeline: int) -> float:
+        """Return the position up to which ``older`` is part of the way to ``timeline``: 0 when it is not, infinite for itself."""
+        ways = {switch.timeline: float(switch.lsn) for switch in self.histories.get(timeline, ())}
+        return {**ways, timeline: math.inf}.get(older, 0.0)
+
     def segment_at(self, number: int, timeline: int) -> Segment:
         """Return the segment that a recovery along ``timeline`` reads for a number.
 
@@ -154,7 +160,8 @@ def list_wal(store: Store, component: str, system_identifier: str) -> Wal:
     files: dict[str, WalFile] = {}
     for item in store.list(folder(component, system_identifier)):
         if file := WalFile.of(item):
-            if other := files.get(file.name):
+            other = files.get(file.name)
+            if other and other.sha256 != file.sha256:
                 raise IntegrityError(f"{file.name} has two contents in the store: {other.key} and {file.key}")
             files[file.name] = file
     histories = {}
@@ -199,6 +206,12 @@ def list_collections(store: Store, component: str, system_identifier: str) -> li
     """Return the records of a cluster's collections, the oldest first. Raises ``IntegrityError`` for a damaged one."""
     keys = [item.key for item in store.list(f"{folder(component, system_identifier)}collections/")]
     return [read_collection(store, key) for key in keys]
+
+
+def newest_collection(store: Store, component: str, system_identifier: str) -> Collection | None:
+    """Return the record of a cluster's newest collection, ``None`` when there was none. Raises ``IntegrityError``."""
+    keys = [item.key for item in store.list(f"{folder(component, system_identifier)}collections/")]
+    return read_collection(store, keys[-1]) if keys else None
 
 
 def read_collection(store: Store, key: str) -> Collection:
@@ -266,11 +279,20 @@ class BaseBackup:
     stop_lsn: int
     """Recovery has to come this far for the data to be consistent."""
     finished: datetime
-    """The first moment that it can be recovered to."""
+    """The server's clock when it was at ``stop_lsn``: the first moment that it can be recovered to."""
+    with_wal: bool = False
+    """Whether it holds its own WAL from start to stop, so that it can be recovered without any from the store."""
+
+    @property
+    def needs_from(self) -> int:
+        """The position from which it needs the store's WAL."""
+        return self.stop_lsn if self.with_wal else self.start_lsn
 
     @classmethod
     def of(cls, archive: str, holds: Mapping[str, Any]) -> Self:
-        """Read ``holds``: ``system_identifier``, ``timeline``, ``start_lsn``, ``stop_lsn``, ``finished`` (ISO 8601)."""
+        """Read ``holds``: ``system_identifier``, ``timeline``, ``start_lsn`` and ``stop_lsn`` (``16/B374D848``),
+        ``finished`` (ISO 8601), and ``with_wal``.
+        """
         return cls(
             archive,
             str(holds["system_identifier"]),
@@ -278,6 +300,7 @@ class BaseBackup:
             parse_lsn(holds["start_lsn"]),
             parse_lsn(holds["stop_lsn"]),
             datetime.fromisoformat(str(holds["finished"])),
+            bool(holds.get("with_wal", False)),
         )
 
 

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import pytest
@@ -18,6 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tasks import backup, schedule
+from tasks.components.postgres import Component
 from tests.configured import configured, write_settings
 from workers import catalog
 from workers.catalog import Kind, Run
@@ -141,12 +142,17 @@ def test_beat_sends_each_job_at_its_time_to_the_queue_that_it_belongs_to(configu
     assert entries["watchdog"]["options"]["expires"] == 11
 
 
-def test_a_job_that_is_switched_off_has_no_entry() -> None:
-    assert schedule.cron_lines(ScheduleSettings(full_system=None)) == {}
-    assert schedule.cron_lines(ScheduleSettings(full_system=None, components={"keys": "0 * * * *"})) == {
-        "keys": "0 * * * *"
-    }
-    assert schedule.cron_lines(ScheduleSettings()) == {"full_system": "0 2 * * *"}
+def test_a_job_that_is_switched_off_has_no_entry(configuration: Settings) -> None:
+    def lines(settings: Settings = configuration, **values: Any) -> dict[str, str]:
+        return schedule.cron_lines(settings.model_copy(update={"schedule": ScheduleSettings(**values)}))
+
+    assert lines(full_system=None) == {}
+    assert lines(full_system=None, components={"keys": "0 * * * *"}) == {"keys": "0 * * * *"}
+    assert lines() == {"full_system": "0 2 * * *"}
+    database = Component(name="db", kind="postgres", host="db1", wal_archive=PurePosixPath("/wal"))
+    with_wal = configuration.model_copy(update={"components": {"db": database}})
+    assert lines(with_wal) == {"full_system": "0 2 * * *", "collect_wal": "0 */6 * * *"}
+    assert lines(with_wal, full_system=None, wal=None) == {}
 
 
 class Clock:
