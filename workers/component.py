@@ -104,6 +104,8 @@ class BaseComponent(Location):
     """Its key in ``metadata.json``'s ``components``, as the runbook names it."""
     watched: ClassVar[bool] = False
     """Whether it is looked at often, and backed up when its `content_digest` changes."""
+    days_kept: ClassVar[float | None] = 30
+    """How long archives of it alone are kept where the settings say nothing; ``None``: for ever."""
     backup_options: ClassVar[type[Options]] = Options
     restore_options: ClassVar[type[Options]] = Options
     """What one backup or restore may be asked for."""

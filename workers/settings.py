@@ -23,6 +23,7 @@ from workers.sections import (
     CatalogSettings,
     HostName,
     LimitsSettings,
+    RetentionSettings,
     ScheduleSettings,
     ServiceSettings,
     StoreSettings,
@@ -43,6 +44,7 @@ class Settings(Strict):
     broker: BrokerSettings = BrokerSettings()
     catalog: CatalogSettings = CatalogSettings()
     schedule: ScheduleSettings = ScheduleSettings()
+    retention: RetentionSettings = RetentionSettings()
     limits: LimitsSettings = LimitsSettings()
     compression_level: int = Field(default=3, ge=1, le=19)
 
@@ -145,8 +147,10 @@ def _unknown_names(data: dict[str, Any], tables: Any) -> list[str]:
     for path, table in placed.items():
         if known and isinstance(table, dict) and "host" in table and table["host"] not in hosts:
             lines.append(f"{path}.host: there is no host {table['host']!r}; {known}")
-    scheduled = schedule.get("components", {}) if isinstance(schedule, dict) else {}
-    for name in scheduled if isinstance(scheduled, dict) else ():
-        if name not in tables:
-            lines.append(f"schedule.components.{name}: there is no component {name!r}")
+    named = {"schedule": schedule, "retention": data.get("retention", {})}
+    for path, table in named.items():
+        components = table.get("components", {}) if isinstance(table, dict) else {}
+        for name in components if isinstance(components, dict) else ():
+            if name not in tables:
+                lines.append(f"{path}.components.{name}: there is no component {name!r}")
     return lines

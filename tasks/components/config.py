@@ -39,6 +39,7 @@ class Component(BaseComponent):
     """The entries ``paths`` below ``root``; its part is a tar archive with these relative names."""
 
     metadata_key: ClassVar[str] = "config"
+    days_kept: ClassVar[float | None] = None
     watched: ClassVar[bool] = True
 
     kind: Literal["config"]

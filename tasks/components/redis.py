@@ -32,6 +32,7 @@ class Component(RedisServer):
     """A Redis server. ``data_dir`` and the names below it are asked from the server where they are not set."""
 
     metadata_key: ClassVar[str] = "redis"
+    days_kept: ClassVar[float | None] = 7
 
     kind: Literal["redis"]
 

@@ -71,7 +71,17 @@ def test_every_key_is_shown_and_what_is_commented_out_is_right() -> None:
     kinds: list[type[BaseComponent]] = [load(kind) for kind in ("postgres", "redis", "files", "config")]
     models: list[type[BaseModel]] = [*kinds, ServiceSettings, *_tables(Settings)]
     known = {name for model in models for name in model.model_fields}
-    tables = {"components", "services", "system", "store", "broker", "catalog", "schedule", "limits"}
+    tables = {
+        "components",
+        "services",
+        "system",
+        "store",
+        "broker",
+        "catalog",
+        "schedule",
+        "limits",
+        "retention",
+    }
     explained = {
         "start",
         "stop",
