@@ -189,8 +189,13 @@ def back_up(component: Component) -> tuple[Part, bytes]:
     [source] = component.sources()
     started = datetime.now(UTC)
     data = b"".join(source.chunks)
-    assert (source.label, source.name, source.kind) == (component.name, f"{component.name}.rdb", "redis-rdb")
-    assert source.expected in (None, len(data))
+    form = "aof" if component.method == "aof" else "rdb"
+    assert (source.label, source.name, source.kind) == (
+        component.name,
+        f"{component.name}.{form}",
+        f"redis-{form}",
+    )
+    assert form == "aof" or source.expected in (None, len(data))
     digest = hashlib.sha256(data).hexdigest()
     return Part(
         name="cache.rdb",

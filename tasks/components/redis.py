@@ -1,4 +1,4 @@
-"""Redis: a checked RDB snapshot, and its restore in the layout that the server will read.
+"""Redis: a checked RDB snapshot or the append-only file, and its restore in the layout that the server will read.
 
 Everything happens where the server lives, with ``redis-cli`` and the tools of any Linux. Facts about the server are
 from the sources of Redis 6.2 and 7.0 (``rdb.c``, ``aof.c``, ``redis-check-rdb.c``) and were tried on both.
@@ -6,9 +6,7 @@ from the sources of Redis 6.2 and 7.0 (``rdb.c``, ``aof.c``, ``redis-check-rdb.c
 
 from __future__ import annotations
 
-import itertools
 import json
-import re
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
@@ -16,14 +14,26 @@ from datetime import UTC, datetime
 from pathlib import PurePosixPath
 from typing import Any, ClassVar, Literal
 
-from tasks.components.redis_rdb import CHECK_FILE, READ, Passing, begun, checked, read_through, without_mark
+from tasks.components.redis_aof import CHECK_AOF, length, read_aof, usable
+from tasks.components.redis_rdb import CHECK_FILE, Passing, checked, read_through
 from tasks.components.redis_scratch import load
-from tasks.components.redis_server import USUAL_FOLDERS, RedisServer, databases, server_time
-from tasks.components.redis_swap import ARRANGE, BEGIN, DROP, RECEIVE, REVERT, SWAP, WRITE, Staged
+from tasks.components.redis_server import USUAL_FOLDERS, Layout, RedisServer, databases, server_time
+from tasks.components.redis_snapshot import read_file, read_network
+from tasks.components.redis_swap import (
+    ARRANGE,
+    BEGIN,
+    DROP,
+    PREPARE,
+    RECEIVE,
+    REVERT,
+    SWAP,
+    WRITE,
+    Staged,
+)
 from workers.component import NO_OPTIONS, Part, Restore, Source, part_name
 from workers.errors import CommandFailed, ComparisonError, IntegrityError, Permanent, RuntimeUnavailable
 
-RDB = "redis-rdb"
+RDB, AOF = "redis-rdb", "redis-aof"
 
 SIZE = 'wc -c <"$1"'
 
@@ -37,21 +47,24 @@ class Component(RedisServer):
     kind: Literal["redis"]
 
     def sources(self, options: Mapping[str, Any] = NO_OPTIONS) -> list[Source]:
-        """Take a snapshot and open it, by the ``method`` of the settings.
+        """Open a snapshot or the append-only file, by the ``method`` of the settings.
 
         ``holds`` has the exact numbers of ``keys`` and of those that expire (``expires``), and both for each database
-        (``databases``, ``expiring``), as the snapshot has them. They are missing when it came over the network and
-        there is no server program to check it with.
+        (``databases``, ``expiring``). They are missing when a snapshot came over the network and there is no server
+        program to check it with.
         """
         info = self.source_info()
         holds: dict[str, Any] = {"server_version": info.get("valkey_version") or info["redis_version"]}
         if self.method == "network":
-            chunks, expected = self._network(holds), None
-        else:
-            file = self.layout(info).dump
-            began = server_time(self.snapshot())
-            chunks, expected = self._file(file, holds, began=began), int(self.sh(SIZE, file))
-        return [Source(self.name, f"{self.name}.rdb", RDB, chunks, expected=expected, holds=holds)]
+            return [Source(self.name, f"{self.name}.rdb", RDB, read_network(self, holds), holds=holds)]
+        layout = self.layout(info)
+        if self.method == "aof":
+            size = length(usable(self))
+            chunks = read_aof(self, layout, holds)
+            return [Source(self.name, f"{self.name}.aof", AOF, chunks, expected=size, holds=holds)]
+        began = server_time(self.snapshot())
+        chunks, size = read_file(self, layout.dump, holds, began=began), int(self.sh(SIZE, layout.dump))
+        return [Source(self.name, f"{self.name}.rdb", RDB, chunks, expected=size, holds=holds)]
 
     def overwrites(self, parts: Sequence[Part], options: Mapping[str, Any] = NO_OPTIONS) -> list[str]:
         try:
@@ -72,23 +85,32 @@ class Component(RedisServer):
         part = self._part(parts)
         reader = {"zstd": "zstd -dc", "gzip": "gzip -dc", "none": "cat"}[part.codec]
         file = self.dbfilename or "dump.rdb"
+        holds = f"The snapshot holds {part.holds.get('keys', 'an unknown number of')} keys. A server with"
+        note = (
+            f"{holds} `appendonly yes` does not read it: start it with `appendonly no`, then turn it on again with "
+            "`CONFIG SET appendonly yes`."
+        )
+        folder = f"{self.data_dir or '/data'}" if self.container else "<data folder of Redis>"
+        if part.kind == AOF:
+            file = self.appendfilename or "appendonly.aof"
+            note = (
+                f"{holds.replace('snapshot', 'append-only file')} `appendonly no` does not read it: start it with "
+                f"`appendonly yes`. From 7.0 on, remove the folder `{self.appenddirname or 'appendonlydir'}` beside it "
+                "first: the server makes it anew."
+            )
         unpack = f"{reader} {shlex.quote(part.name)} >"
         if self.container:
-            place = shlex.quote(f"{self.container}:{self.data_dir or '/data'}/{file}")
-            container = shlex.quote(self.container)
-            lines = [f"{unpack}dump.rdb", f"docker stop {container}", f"docker cp dump.rdb {place}"]
+            place = shlex.quote(f"{self.container}:{folder}/{file}")
+            container, name = shlex.quote(self.container), shlex.quote(file)
+            lines = [f"{unpack}{name}", f"docker stop {container}", f"docker cp {name} {place}"]
             lines += [f"docker start {container}"]
             before = after = ""
         else:
-            folder = shlex.quote(str(self.data_dir)) if self.data_dir else "<data folder of Redis>"
+            folder = shlex.quote(str(self.data_dir)) if self.data_dir else folder
             place = f"{folder}/{shlex.quote(file)}"
             lines = [f"{unpack}{place}", f"chown --reference={folder} {place}"]
             before, after = "Stop the server, then:\n\n", "\nStart the server.\n"
-        return (
-            f"The snapshot holds {part.holds.get('keys', 'an unknown number of')} keys. A server with `appendonly yes` does not "
-            "read it: start it with `appendonly no`, then turn it on again with `CONFIG SET appendonly yes`.\n\n"
-            f"{before}```sh\n" + "\n".join(lines) + f"\n```\n{after}"
-        )
+        return f"{note}\n\n{before}```sh\n" + "\n".join(lines) + f"\n```\n{after}"
 
     def stage(self, restore: Restore) -> None:
         part = self._part(restore.parts)
@@ -98,29 +120,46 @@ class Component(RedisServer):
         staging = self._staging(layout.folder, restore)
         if "old" in self._state(staging):
             return  # its swap has begun, so it was staged
+        self.sh(PREPARE, staging)
         file = staging / "new" / layout.dbfilename
-        passing = Passing()
-        self.sh(RECEIVE, staging, file, chunks=passing.through(restore.read(part)))
         try:
-            said = self.sh(CHECK_FILE, self.server, file)
+            counts, form = self._receive(part, restore, layout, file)
         except CommandFailed as error:
             raise ComparisonError(
-                f"{self.name}: its server (Redis {layout.version}) cannot read the snapshot, "
+                f"{self.name}: its server (Redis {layout.version}) cannot read the backup, "
                 f"which Redis {part.holds.get('server_version', 'of an unknown version')} wrote: {error.stderr}"
             ) from error
-        found = passing.report(said, part.name)
-        self._compare(part, found.holds, "staged")
-        self.sh(ARRANGE, staging / "new", layout.form, *layout.names)
+        self._compare(part, counts, "staged")
+        self.sh(ARRANGE, staging / "new", f"{form}-{layout.form}", *layout.names)
         staged = Staged(
             layout.names,
             bool(layout.appendonly),
             running,
-            found.keys,
-            found.expires,
-            dict(found.databases),
-            dict(found.expiring),
+            form == "dump",
+            counts["keys"],
+            counts["expires"],
+            counts.get("databases", {}),
+            counts.get("expiring", {}),
         )
         self.sh(WRITE, staging / "staged.json", chunks=[json.dumps(asdict(staged)).encode()])
+
+    def _receive(
+        self, part: Part, restore: Restore, layout: Layout, file: PurePosixPath
+    ) -> tuple[Mapping[str, Any], Literal["dump", "aof"]]:
+        """Put the part at ``file``, checked, and return how many keys it has and what it is there.
+
+        A server with ``appendonly no`` reads no append-only file: a scratch server makes a dump of it.
+        """
+        if part.kind == RDB:
+            passing = Passing()
+            self.sh(RECEIVE, file, chunks=passing.through(restore.read(part)))
+            return passing.report(self.sh(CHECK_FILE, self.server, file), part.name).holds, "dump"
+        if layout.form == "none":
+            return load(self, restore.read(part), form="aof", dump=file).holds, "dump"
+        self.sh(RECEIVE, file, chunks=restore.read(part))
+        self.sh(CHECK_AOF, self.server, file)
+        counted = part.holds if "keys" in part.holds else load(self, restore.read(part), form="aof").holds
+        return counted, "aof"
 
     def swap(self, restore: Restore) -> None:
         staging = self._find(restore)
@@ -153,9 +192,18 @@ class Component(RedisServer):
         self.sh(DROP, *self._candidates(restore))
 
     def check(self, part: Part, chunks: Iterator[bytes]) -> None:
-        """Have redis-check-rdb read it, and compare its keys with the record."""
-        reading = checked(self.runtime, self.server, chunks, name=part.name)
-        self._compare(part, read_through(reading).holds, "found")
+        """Have redis-check-rdb or redis-check-aof read it where the component lives.
+
+        The one counts the keys, which are compared with the record; the other needs the whole as a temporary file.
+        """
+        if part.kind == RDB:
+            reading = checked(self.runtime, self.server, chunks, name=part.name)
+            self._compare(part, read_through(reading).holds, "found")
+            return
+        try:
+            self.sh(CHECK_AOF, self.server, chunks=chunks)
+        except CommandFailed as error:
+            raise IntegrityError(f"{part.name}: {error.stderr}") from error
 
     def rehearse(self, restore: Restore) -> dict[str, Any]:
         """Load it into a scratch server where the component lives, and compare the keys of each database.
@@ -163,59 +211,9 @@ class Component(RedisServer):
         That server needs the memory that the data takes, and disk for the file in the folder of temporary files.
         """
         part = self._part(restore.parts)
-        loaded = load(
-            self.runtime,
-            restore.read(part),
-            server=self.server,
-            cli=self.cli,
-            form="rdb",
-            component=self.name,
-        )
-        self._compare(part, asdict(loaded), "loaded")
+        loaded = load(self, restore.read(part), form="rdb" if part.kind == RDB else "aof")
+        self._compare(part, loaded.holds, "loaded")
         return {"loaded_by": f"redis-server {loaded.server_version}", "databases": loaded.databases}
-
-    def _file(self, file: PurePosixPath, holds: dict[str, Any], *, began: int) -> Iterator[bytes]:
-        """Yield the snapshot, checked before its first byte; it stays the same one whatever is saved meanwhile."""
-        passing = Passing()
-        process = self.runtime.spawn(["sh", "-c", READ, "sh", self.server, str(file)])
-        try:
-            process.close_input()
-            output, head = process.output(), b""
-            while b"\n\n" not in head and (chunk := next(output, b"")):
-                head += chunk
-            said, _, chunk = head.partition(b"\n\n")
-            if begun(said.decode(errors="replace")) < began:
-                raise IntegrityError(
-                    f"{self.name}: {file} is not the snapshot just taken; is data_dir right?"
-                )
-            yield from passing.through(itertools.chain([chunk] if chunk else [], output))
-            holds.update(passing.report(said.decode(errors="replace"), str(file)).holds)
-        except CommandFailed as error:
-            raise IntegrityError(f"{self.name}: {file} cannot be read: {error.stderr}") from error
-        finally:
-            process.kill()
-
-    def _network(self, holds: dict[str, Any]) -> Iterator[bytes]:
-        """Yield a snapshot that the server sends as to a replica; redis-check-rdb reads it in passing, if it is here."""
-        self.wait_for_saves()  # else it would be the one that began before
-        received = without_mark(self._replicate(), name=self.name)
-        if self.has(self.server):
-            report = yield from checked(self.runtime, self.server, received, name=self.name)
-            holds.update(report.holds)
-        else:
-            yield from received
-
-    def _replicate(self) -> Iterator[bytes]:
-        process = self.runtime.spawn([*self.client(), "--rdb", "-"], env=self.client_environment())
-        try:
-            process.close_input()
-            yield from process.output()
-        except CommandFailed as error:
-            refused = re.search("NOAUTH|NOPERM|WRONGPASS|AUTH failed", error.stderr)
-            kind = Permanent if refused or error.status in (126, 127) else RuntimeUnavailable
-            raise kind(f"{self.name}: no snapshot came over the network: {error.stderr}") from error
-        finally:
-            process.kill()
 
     def _compare(self, part: Part, found: Mapping[str, Any], verb: str) -> None:
         for count in ("keys", "expires", "databases", "expiring"):
@@ -225,9 +223,9 @@ class Component(RedisServer):
                 )
 
     def _part(self, parts: Sequence[Part]) -> Part:
-        if [part.kind for part in parts] != [RDB]:
+        if len(parts) != 1 or parts[0].kind not in (RDB, AOF):
             kinds = ", ".join(part.kind for part in parts) or "nothing"
-            raise Permanent(f"{self.name}: expected one {RDB}, got {kinds}")
+            raise Permanent(f"{self.name}: expected one {RDB} or {AOF}, got {kinds}")
         return parts[0]
 
     def _staging(self, folder: PurePosixPath, restore: Restore) -> PurePosixPath:

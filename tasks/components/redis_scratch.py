@@ -9,10 +9,12 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import PurePosixPath
+from typing import Any
 
-from tasks.components.redis_server import databases
+from tasks.components.redis_server import RedisServer, databases
 from workers.errors import CommandFailed, IntegrityError, Permanent
-from workers.runtime import Runtime, marker, run
+from workers.runtime import marker, run
 
 DATABASES = 16384
 """As many as an RDB file or an append-only file may be expected to use; an empty one takes a few hundred bytes."""
@@ -48,6 +50,10 @@ until said=$("$cli" -s ./socket INFO 2>/dev/null) && case $said in *loading:0*) 
   fi
   sleep 0.1
 done
+if [ -n "$6" ]; then
+  "$cli" -s ./socket SAVE >/dev/null
+  cp dump.rdb "$6"
+fi
 printf '%s\n' "$said"
 """
 """Its socket lies in a folder that nobody else may enter, hence no password; it listens on no port."""
@@ -64,25 +70,37 @@ class Loaded:
     expiring: dict[str, int]
     server_version: str
 
+    @property
+    def holds(self) -> dict[str, Any]:
+        """The same as a part's record has it."""
+        return {
+            "keys": sum(self.databases.values()),
+            "expires": sum(self.expiring.values()),
+            "databases": self.databases,
+            "expiring": self.expiring,
+        }
+
 
 def load(
-    runtime: Runtime, chunks: Iterable[bytes], *, server: str, cli: str, form: str, component: str
+    server: RedisServer, chunks: Iterable[bytes], *, form: str, dump: PurePosixPath | None = None
 ) -> Loaded:
-    """Load ``chunks``, a file of the ``form`` ``rdb`` or ``aof``, where the component lives, and say what it holds.
+    """Load ``chunks``, a file of the ``form`` ``rdb`` or ``aof``, where the server lives, and say what it holds.
+
+    With ``dump``, save it there as an RDB file.
 
     It needs the memory that the data takes, and disk for the file below ``$TMPDIR``. Nothing is left; a worker that
     is killed leaves its folder to the next load. Raises ``IntegrityError`` when the server cannot load it.
     """
     file = {"rdb": "dump.rdb", "aof": "appendonly.aof"}[form]
-    own = hashlib.sha256(marker(component).encode()).hexdigest()[:16]
-    argv = ["sh", "-euc", LOAD, "sh", server, cli, file, own, str(DATABASES)]
+    own = hashlib.sha256(marker(server.name).encode()).hexdigest()[:16]
+    argv = ["sh", "-euc", LOAD, "sh", server.server, server.cli, file, own, str(DATABASES), str(dump or "")]
     try:
-        said = run(runtime, argv, chunks=chunks).decode(errors="replace")
+        said = run(server.runtime, argv, chunks=chunks).decode(errors="replace")
     except CommandFailed as error:
         kind = Permanent if error.status == ABSENT else IntegrityError
-        raise kind(f"{component}: {error.stderr}") from error
+        raise kind(f"{server.name}: {error.stderr}") from error
     finally:
-        run(runtime, ["sh", "-c", CLEAR, "sh", own])
+        run(server.runtime, ["sh", "-c", CLEAR, "sh", own])
     info = dict(line.split(":", 1) for line in said.splitlines() if ":" in line)
     return Loaded(
         databases=databases(info),

@@ -75,8 +75,9 @@ class RedisServer(BaseComponent):
     tls_cert: PurePosixPath | None = None
     tls_key: PurePosixPath | None = None
     """and, for a server that asks for one, a certificate of the client's with its key."""
-    method: Literal["file", "network"] = "file"
-    """``file`` reads the dump from the data folder, ``network`` takes it over a replication connection."""
+    method: Literal["file", "network", "aof"] = "file"
+    """How it is backed up: ``file`` reads a new dump from the data folder, ``network`` takes one over a replication
+    connection, ``aof`` reads the append-only file, without the fork of a dump."""
     cli: str = "redis-cli"
     server: str = "redis-server"
     """The server's program; what it refuses to read is refused before anything is touched."""

@@ -10,17 +10,27 @@ from dataclasses import dataclass
 
 from tasks.components.redis_server import databases
 
-RECEIVE = 'umask 027; rm -rf "$1"; mkdir -m 0700 "$1"; mkdir "$1/new"; cat >"$2"'
+PREPARE = 'umask 027; rm -rf "$1"; mkdir -m 0700 "$1"; mkdir "$1/new"'
+
+RECEIVE = 'umask 027; cat >"$1"'
 
 ARRANGE = r"""
 umask 027
 cd "$1"
+quoted=$(printf '%s' "$4" | sed 's/[\\"]/\\&/g')
 case $2 in
-  single) cp "$3" "$4" ;;  # a copy: the server appends to the one and not to the other
-  multi)
+  dump-none) ;;
+  dump-single) cp "$3" "$4" ;;  # a copy: the server appends to the one and not to the other
+  dump-multi)
     mkdir "$5"
     ln "$3" "$5/$4.1.base.rdb" 2>/dev/null || cp "$3" "$5/$4.1.base.rdb"
-    printf 'file "%s.1.base.rdb" seq 1 type b\n' "$4" >"$5/$4.manifest" ;;
+    printf 'file "%s.1.base.rdb" seq 1 type b\n' "$quoted" >"$5/$4.manifest" ;;
+  aof-single) mv "$3" "$4" ;;
+  aof-multi)
+    mkdir "$5"
+    mv "$3" "$5/$4.1.base.aof"
+    printf 'file "%s.1.base.aof" seq 1 type b\n' "$quoted" >"$5/$4.manifest" ;;
+  *) exit 1 ;;
 esac
 like=../..
 [ ! -e "../../$3" ] || like=../../$3
@@ -68,12 +78,14 @@ DROP = 'for staging; do [ ! -d "$staging" ] || mv "$staging" "$staging.gone"; rm
 class Staged:
     """What `Component.stage` remembers for the steps after it, when the server may be down.
 
-    ``databases`` and ``expiring`` are empty where the data tells no counts by database.
+    ``databases`` and ``expiring`` are empty where the data tells no counts by database. ``exact`` says that the server
+    counts every key that it loads, which it does of an RDB file alone, since 7.0.
     """
 
     names: tuple[str, ...]
     appendonly: bool
     running: bool
+    exact: bool
     keys: int
     expires: int
     databases: dict[str, int]
@@ -87,7 +99,7 @@ class Staged:
         held = databases(info)
         low, high = self.keys - self.expires, self.keys
         loaded = sum(held.values())
-        if "rdb_last_load_keys_loaded" in info:
+        if self.exact and "rdb_last_load_keys_loaded" in info:
             loaded = int(info["rdb_last_load_keys_loaded"]) + int(info["rdb_last_load_keys_expired"])
             low = low if not just_restored else high
         if not low <= loaded <= high:

@@ -385,7 +385,7 @@ def test_a_damaged_snapshot_touches_nothing(server: Server) -> None:
     newer = data.replace(data[:9], b"REDIS9999", 1)
     said = ""
     for damaged in (bytes(flipped), data[: len(data) // 2], b"", newer):
-        with pytest.raises(ComparisonError, match="cannot read the snapshot") as caught:
+        with pytest.raises(ComparisonError, match="cannot read the backup") as caught:
             component.stage(restore(part, damaged))
         said = str(caught.value)
         assert "session:" not in said
