@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import tarfile
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import closing
+from contextlib import closing, suppress
 from datetime import datetime
 from pathlib import PurePosixPath
 from typing import Any
@@ -19,6 +20,8 @@ from workers import catalog, streams
 from workers.app import app
 from workers.catalog import Artifact, Run, Step
 from workers.component import Part
+from workers.encryption import SUFFIX as ENCRYPTED
+from workers.encryption import decrypt, encrypt
 from workers.errors import IntegrityError, ObjectExists, ObjectNotFound
 from workers.locks import Lease
 from workers.progress import Progress
@@ -27,9 +30,13 @@ from workers.settings import Settings, get_settings
 from workers.storage import Store, open_store
 from workers.streams import Digest
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+READABLE_VERSIONS = (1, 2)
+"""Of version 1 are archives without encryption."""
 SUFFIX = ".tar.gz"
 SIDECAR_SUFFIX = ".metadata.json"
+SEAL = "record_sha256"
+"""Key of a record's digest of all else in it."""
 CHUNK = 1 << 20
 
 
@@ -56,7 +63,10 @@ class Metadata(Strict):
 
 
 class Archive(Strict):
-    """What the store holds beside an archive, committed after it: its metadata, size and digest."""
+    """What the store holds beside an archive, committed after it: its metadata, size and digest.
+
+    It stays readable where the archive is encrypted: it names and counts what is in it.
+    """
 
     key: str
     size: int
@@ -100,6 +110,7 @@ def write_archive(run: Run, steps: Sequence[Step], lease: Lease, progress: Progr
     """
     settings = get_settings()
     store = open_store(settings.store)
+    recipients = settings.encryption.recipients
     key = archive_key(run, settings)
     sidecar = sidecar_key(key)
     try:
@@ -116,15 +127,17 @@ def write_archive(run: Run, steps: Sequence[Step], lease: Lease, progress: Progr
         lease.check()
 
     try:
-        store.put(key, digest.through(streams.compress_gzip(item.through(chunks()))))
+        compressed = streams.compress_gzip(item.through(chunks()))
+        store.put(key, digest.through(encrypt(compressed, recipients) if recipients else compressed))
     except ObjectExists:  # an earlier attempt ended between the archive and its metadata
         digest = Digest()  # what this attempt was about to store has passed the other one, or a piece of it
         for _ in digest.through(store.get(key)):
             pass
-        metadata = verify(store, key)
+        if not recipients or settings.encryption.private_keys():
+            metadata = verify(store, key)
     archive = Archive(key=key, size=digest.size, sha256=digest.sha256, metadata=metadata)
     try:
-        store.put(sidecar, [archive.model_dump_json(indent=2).encode()])
+        store.put(sidecar, [_sealed(archive)])
     except ObjectExists:  # written by somebody else in the meantime
         return read_sidecar(store, key)
     return archive
@@ -132,19 +145,50 @@ def write_archive(run: Run, steps: Sequence[Step], lease: Lease, progress: Progr
 
 def archive_key(run: Run, settings: Settings) -> str:
     """Return the store key of a run's archive; its file name is a promise to users."""
+    suffix = SUFFIX + (ENCRYPTED if settings.encryption.recipients else "")
     if set(run.components) == set(settings.components) and not run.options:
-        return f"full_system/full_backup_{run.id}{SUFFIX}"
-    return f"components/{'+'.join(run.components)}_backup_{run.id}{SUFFIX}"
+        return f"full_system/full_backup_{run.id}{suffix}"
+    return f"components/{'+'.join(run.components)}_backup_{run.id}{suffix}"
+
+
+def is_archive(key: str) -> bool:
+    """Say whether a store key is that of an archive, by its name."""
+    return key.removesuffix(ENCRYPTED).endswith(SUFFIX)
+
+
+def bare(name: str) -> str:
+    """Return the key or file name of an archive without what its form adds to it."""
+    return name.removesuffix(ENCRYPTED).removesuffix(SUFFIX)
 
 
 def sidecar_key(key: str) -> str:
     """Return the key of the metadata that is committed after the archive ``key``."""
-    return key.removesuffix(SUFFIX) + SIDECAR_SUFFIX
+    return bare(key) + SIDECAR_SUFFIX
 
 
 def read_sidecar(store: Store, key: str) -> Archive:
-    """Return the record of a committed archive. Raises ``ObjectNotFound`` when it has none."""
-    return Archive.model_validate_json(b"".join(store.get(sidecar_key(key))))
+    """Return the record of a committed archive.
+
+    Raises ``ObjectNotFound`` when it has none, ``IntegrityError`` when it is not what was written.
+    """
+    text = b"".join(store.get(sidecar_key(key)))
+    try:
+        document = json.loads(text)
+        sealed = document.pop(SEAL, None)
+        if sealed not in (None, _seal(document)):  # the first version sealed nothing
+            raise IntegrityError(f"the record {sidecar_key(key)} is damaged: its digest differs")
+        return Archive.model_validate_json(json.dumps(document))
+    except (ValueError, AttributeError) as error:
+        raise IntegrityError(f"the record {sidecar_key(key)} is damaged") from error
+
+
+def _sealed(archive: Archive) -> bytes:
+    document = archive.model_dump(mode="json")
+    return json.dumps(document | {SEAL: _seal(document)}, indent=2).encode()
+
+
+def _seal(document: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(document, sort_keys=True).encode()).hexdigest()
 
 
 def resolve(store: Store, name: str) -> str:
@@ -156,14 +200,14 @@ def resolve(store: Store, name: str) -> str:
         item.key
         for prefix in ("full_system/", "components/")
         for item in store.list(prefix)
-        if item.key.endswith(SUFFIX)
+        if is_archive(item.key)
     ]
-    wanted = name.removesuffix(SUFFIX)
     for key in keys:
-        if wanted in (key.removesuffix(SUFFIX), PurePosixPath(key).name.removesuffix(SUFFIX)):
+        if bare(name) in (bare(key), PurePosixPath(bare(key)).name):
             return key
     newest = (
-        ", ".join(PurePosixPath(key).name for key in sorted(keys, key=lambda key: key[-22:])[-3:]) or "none"
+        ", ".join(PurePosixPath(key).name for key in sorted(keys, key=lambda key: bare(key)[-15:])[-3:])
+        or "none"
     )
     raise ObjectNotFound(f"there is no archive {name}; the newest are: {newest}")
 
@@ -175,7 +219,7 @@ def read_members(store: Store, key: str) -> Iterator[tuple[str, Iterator[bytes]]
     different names in one folder.
     """
     folders, names = set[str](), set[str]()
-    plain = streams.decompress(store.get(key), codec="gzip", name=key)
+    plain = streams.decompress(_opened(store.get(key), key), codec="gzip", name=key)
     with closing(plain):
         try:
             with tarfile.open(fileobj=_File(plain), mode="r|", bufsize=CHUNK) as tar:
@@ -195,7 +239,14 @@ def read_members(store: Store, key: str) -> Iterator[tuple[str, Iterator[bytes]]
 
 
 def read_metadata(store: Store, key: str) -> Metadata:
-    """Return the metadata.json inside an archive."""
+    """Return the metadata of an archive: by its record, or where that is lost or damaged the metadata.json inside."""
+    try:
+        return read_sidecar(store, key).metadata
+    except (ObjectNotFound, IntegrityError):
+        return _read_metadata_inside(store, key)
+
+
+def _read_metadata_inside(store: Store, key: str) -> Metadata:
     for name, chunks in read_members(store, key):
         if name == "metadata.json":
             return parse_metadata(b"".join(chunks), key)
@@ -206,8 +257,10 @@ def parse_metadata(text: bytes, key: str) -> Metadata:
     """Return the metadata. Raises ``IntegrityError`` when it is of a later format, or is not metadata."""
     try:
         version = json.loads(text).get("format_version")
-        if version != FORMAT_VERSION:
-            raise IntegrityError(f"{key} has format version {version}; this version reads {FORMAT_VERSION}")
+        if version not in READABLE_VERSIONS:
+            raise IntegrityError(
+                f"{key} has format version {version}; this version reads {', '.join(map(str, READABLE_VERSIONS))}"
+            )
         return Metadata.model_validate_json(text)
     except (ValueError, AttributeError) as error:
         raise IntegrityError(f"the metadata.json of {key} is damaged") from error
@@ -220,18 +273,35 @@ def read_part(store: Store, key: str, part: Part) -> Iterator[bytes]:
     """
     for name, chunks in read_members(store, key):
         if name == part.name:
-            yield from streams.read(
-                chunks, codec=part.codec, written=part.written, name=f"{part.name} in {key}"
-            )
+            yield from plain_chunks(part, chunks, key)
             return
     raise IntegrityError(f"{key} holds no {part.name}")
+
+
+def plain_chunks(part: Part, chunks: Iterable[bytes], key: str) -> Iterator[bytes]:
+    """Yield the plain bytes of a part whose stored ``chunks`` are read from the archive ``key``; see `streams.read`."""
+    yield from streams.read(
+        chunks,
+        codec=part.codec,
+        written=part.written,
+        name=f"{part.name} in {key}",
+        encrypted=part.encryption is not None,
+        private_keys=get_settings().encryption.private_keys() if part.encryption else (),
+    )
+
+
+def _opened(chunks: Iterable[bytes], key: str) -> Iterable[bytes]:
+    if not key.endswith(ENCRYPTED):
+        return chunks
+    return decrypt(chunks, get_settings().encryption.private_keys(), name=key)
 
 
 def verify(store: Store, key: str, *, progress: Progress | None = None) -> Metadata:
     """Read an archive to its last byte and return its metadata.
 
     Every part that the metadata names must be there once, with the recorded size and digest on both sides, and
-    nothing else. Raises ``IntegrityError`` otherwise.
+    nothing else; the record beside the archive, where there is one, must say the same. Raises ``IntegrityError``
+    otherwise, ``Permanent`` where it is encrypted and no private key is here.
     """
     metadata: Metadata | None = None
     missing: dict[str, Part] = {}
@@ -242,7 +312,7 @@ def verify(store: Store, key: str, *, progress: Progress | None = None) -> Metad
             missing = {part.name: part for part in metadata.parts}
         elif part := missing.pop(name, None):
             stored = item.through(chunks) if item else chunks
-            for _ in streams.read(stored, codec=part.codec, written=part.written, name=f"{name} in {key}"):
+            for _ in plain_chunks(part, stored, key):
                 pass
         elif name not in (handbook.FILE_NAME, "backup.log"):
             raise IntegrityError(f"{key} holds {name}, which its metadata does not name")
@@ -250,6 +320,9 @@ def verify(store: Store, key: str, *, progress: Progress | None = None) -> Metad
         raise IntegrityError(f"{key} holds no metadata.json")
     if missing:
         raise IntegrityError(f"{key} lacks {', '.join(missing)}")
+    with suppress(ObjectNotFound):
+        if read_sidecar(store, key).metadata != metadata:
+            raise IntegrityError(f"the record of {key} does not describe what the archive holds")
     return metadata
 
 

@@ -16,6 +16,8 @@ from workers import catalog, streams
 from workers.app import app
 from workers.catalog import Artifact, Kind, Run, Step, now
 from workers.component import BaseComponent, Part, Source, check_options
+from workers.encryption import AGE
+from workers.encryption import SUFFIX as ENCRYPTED
 from workers.errors import BackupError, ObjectNotFound, Permanent
 from workers.hosts import CONTROL, queue_of
 from workers.locks import Lease
@@ -123,12 +125,18 @@ def store_component(
 def _store_source(
     store: Store, run_id: str, component: BaseComponent, source: Source, progress: Progress, lease: Lease
 ) -> Part:
-    name = f"{source.name}.zst"
+    settings = get_settings()
+    recipients = settings.encryption.recipients
+    name = f"{source.name}.zst{ENCRYPTED if recipients else ''}"
     started = now()
     item = progress.add(source.label, source.expected)
     chunks = _while_held(item.through(source.chunks), lease)
     written = streams.write(
-        store, parts_prefix(run_id) + name, chunks, level=get_settings().compression_level
+        store,
+        parts_prefix(run_id) + name,
+        chunks,
+        level=settings.compression_level,
+        recipients=recipients,
     )
     return Part(
         name=name,
@@ -136,6 +144,7 @@ def _store_source(
         host=component.host,
         kind=source.kind,
         codec="zstd",
+        encryption=AGE if recipients else None,
         size=written.size,
         sha256=written.sha256,
         plain_size=written.plain_size,

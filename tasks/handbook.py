@@ -7,29 +7,34 @@ from operator import itemgetter
 from typing import TYPE_CHECKING
 
 from workers.catalog import Run, Step
+from workers.component import DECRYPT
 from workers.settings import Settings
 
 if TYPE_CHECKING:
     from tasks.archive import Metadata
 
 FILE_NAME = "RESTORE.md"
+ENCRYPTED = """The archive is encrypted,
+and so is each part in it once more, since the hosts that made them hold no private key: `age` opens both."""
 MEGABYTE = 1_000_000
 
 
 def restore_by_hand(metadata: Metadata, settings: Settings) -> str:
     """Return RESTORE.md: how to check and restore this archive with public tools alone."""
     run = metadata.run.id
+    encrypted = any(part.encryption for part in metadata.parts)
+    unpack = f"{DECRYPT} <archive>.tar.gz.age | tar -xz" if encrypted else "tar -xzf <archive>.tar.gz"
     sums = "".join(f"{part.sha256}  {part.name}\n" for part in metadata.parts)
     sections = [
         f"""# Restoring {metadata.system_name} from the backup of {metadata.backup_time:%Y-%m-%d %H:%M:%S} UTC
 
 With ai-micro-backup at hand, queue a restore instead: it checks everything first and keeps what is there. Without it,
-`tar`, `zstd` and the tools of each server are enough. Replace what is in `<angle brackets>`.
+`tar`, `zstd` and the tools of each server are enough. Replace what is in `<angle brackets>`.{" " + ENCRYPTED if encrypted else ""}
 
 ## Open and check
 
 ```sh
-tar -xzf <archive>.tar.gz && cd {run}
+{unpack} && cd {run}
 sha256sum --check <<'SUMS'
 {sums}SUMS
 ```

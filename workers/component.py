@@ -7,12 +7,13 @@ changes.
 from __future__ import annotations
 
 import importlib
+import shlex
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from types import MappingProxyType
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 from urllib.parse import quote
 
 from pydantic import Field, ValidationError
@@ -25,6 +26,8 @@ from workers.storage import Store
 from workers.streams import Written
 
 KIND_PACKAGE = "tasks.components"
+DECRYPT = "age --decrypt --identity <file of the private key>"
+"""The public program that opens what is encrypted."""
 NO_OPTIONS: Mapping[str, Any] = MappingProxyType({})
 
 
@@ -47,6 +50,8 @@ class Part(Strict):
     kind: str
     """What the plain bytes are, for example ``postgres-dump``; the component's restore goes by it."""
     codec: str
+    encryption: Literal["age"] | None = None
+    """What the compressed bytes are encrypted with."""
     size: int
     sha256: str
     plain_size: int
@@ -59,6 +64,18 @@ class Part(Strict):
     @property
     def written(self) -> Written:
         return Written(self.size, self.sha256, self.plain_size, self.plain_sha256)
+
+
+READERS = {"zstd": "zstd -dc", "gzip": "gzip -dc", "none": "cat"}
+"""The public program that prints the plain bytes, by codec."""
+
+
+def plain_command(part: Part) -> str:
+    """Return the shell command that prints the plain bytes of the part's file with public tools."""
+    name = shlex.quote(part.name)
+    if part.encryption:
+        return f"{DECRYPT} {name} | {READERS[part.codec]}"
+    return f"{READERS[part.codec]} {name}"
 
 
 @dataclass

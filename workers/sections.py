@@ -9,6 +9,8 @@ from urllib.parse import quote
 from celery.schedules import ParseException, crontab
 from pydantic import AfterValidator, BeforeValidator, Discriminator, Field, HttpUrl, Tag, model_validator
 
+from workers.encryption import identities, recipient
+from workers.errors import SettingsError
 from workers.location import Location
 from workers.secret import Secret, Strict
 
@@ -121,6 +123,29 @@ StoreSettings = Annotated[
     Discriminator(_store_kind),
 ]
 """Where artifacts lie."""
+
+
+class EncryptionSettings(Strict):
+    """Encryption at rest with age. Who holds none of the private keys can back up, and read nothing."""
+
+    recipients: tuple[Annotated[str, AfterValidator(recipient)], ...] = ()
+    """Public keys; the private key of any one opens what is stored from now on. None: nothing is encrypted."""
+    identities: tuple[Secret, ...] = ()
+    """Files with private keys, of old recipients as well; needed only where restores and verifications run."""
+
+    def private_keys(self) -> list[Any]:
+        """Return the private keys that can be read here. Raises ``SettingsError`` for a file that holds no key."""
+        keys = []
+        for index, secret in enumerate(self.identities):
+            try:
+                text = secret.resolve()
+            except SettingsError:
+                continue  # this host is not meant to read backups
+            try:
+                keys += identities(text)
+            except ValueError as error:
+                raise SettingsError("settings", [f"encryption.identities.{index}: {error}"]) from None
+        return keys
 
 
 class BrokerSettings(Strict):

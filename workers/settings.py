@@ -21,6 +21,7 @@ from workers.secret import Strict
 from workers.sections import (
     BrokerSettings,
     CatalogSettings,
+    EncryptionSettings,
     HostName,
     LimitsSettings,
     RetentionSettings,
@@ -42,6 +43,7 @@ class Settings(Strict):
     services: tuple[ServiceSettings, ...] = ()
     store: StoreSettings
     broker: BrokerSettings = BrokerSettings()
+    encryption: EncryptionSettings = EncryptionSettings()
     catalog: CatalogSettings = CatalogSettings()
     schedule: ScheduleSettings = ScheduleSettings()
     retention: RetentionSettings = RetentionSettings()

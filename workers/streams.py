@@ -1,7 +1,7 @@
 """One pipeline for the bytes of an artifact, and its inverse.
 
-    source → digest (plain) → compress → digest (stored) → store
-    store  → digest (stored) → decompress → digest (plain) → target
+    source → digest (plain) → compress → (encrypt) → digest (stored) → store
+    store  → digest (stored) → (decrypt) → decompress → digest (plain) → target
 
 A chunk is a ``bytes`` of any length. Nothing here holds more than a few chunks.
 """
@@ -9,14 +9,15 @@ A chunk is a ``bytes`` of any length. Nothing here holds more than a few chunks.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import IO, cast
+from typing import IO, Any, cast
 
 import zstandard
 from isal import isal_zlib
 from isal.igzip_lib import IsalError
 
+from workers.encryption import decrypt, encrypt
 from workers.errors import IntegrityError
 from workers.storage import Store
 
@@ -52,21 +53,39 @@ class Written:
     plain_sha256: str
 
 
-def write(store: Store, key: str, chunks: Iterable[bytes], *, level: int) -> Written:
-    """Compress ``chunks`` with zstd into the store under ``key``; commit only if they end well."""
+def write(
+    store: Store, key: str, chunks: Iterable[bytes], *, level: int, recipients: Sequence[str] = ()
+) -> Written:
+    """Compress ``chunks`` with zstd into the store under ``key``; commit only if they end well.
+
+    With ``recipients``, public keys of age, they are encrypted as well.
+    """
     plain, stored = Digest(), Digest()
-    store.put(key, stored.through(compress(plain.through(chunks), level=level)))
+    compressed = compress(plain.through(chunks), level=level)
+    store.put(key, stored.through(encrypt(compressed, recipients) if recipients else compressed))
     return Written(stored.size, stored.sha256, plain.size, plain.sha256)
 
 
-def read(chunks: Iterable[bytes], *, codec: str, written: Written, name: str) -> Iterator[bytes]:
+def read(
+    chunks: Iterable[bytes],
+    *,
+    codec: str,
+    written: Written,
+    name: str,
+    encrypted: bool = False,
+    private_keys: Sequence[Any] = (),
+) -> Iterator[bytes]:
     """Yield the plain bytes of a stored artifact; the inverse of `write`.
 
     Raises ``IntegrityError`` after the last byte at the latest when either side differs from the record, so a
-    consumer must not act on what it got before the iterator ended.
+    consumer must not act on what it got before the iterator ended; ``Permanent`` when it is ``encrypted`` and none of
+    ``private_keys`` opens it.
     """
     plain, stored = Digest(), Digest()
-    yield from plain.through(decompress(stored.through(chunks), codec=codec, name=name))
+    readable: Iterable[bytes] = stored.through(chunks)
+    if encrypted:
+        readable = decrypt(readable, private_keys, name=name)
+    yield from plain.through(decompress(readable, codec=codec, name=name))
     for side, digest, size, sha256 in (
         ("stored", stored, written.size, written.sha256),
         ("plain", plain, written.plain_size, written.plain_sha256),

@@ -22,7 +22,7 @@ from pydantic import Field
 from tasks.components.postgres_roles import globals_argv, role_created
 from tasks.components.postgres_swap import OWN_DATABASES, Swap
 from tasks.components.psql import OPTIONS, ProcessGroup, Server, Session, Statement, literal, statements
-from workers.component import NO_OPTIONS, BaseComponent, Part, Restore, Source, part_name
+from workers.component import NO_OPTIONS, BaseComponent, Part, Restore, Source, part_name, plain_command
 from workers.errors import CommandFailed, ComparisonError, Permanent
 from workers.runtime import Runtime, open_runtime, run
 from workers.secret import Secret
@@ -206,12 +206,10 @@ class Component(BaseComponent):
             *connect,
         ]
         restores = [["psql", "--no-psqlrc", *connect], restore]
-        lines = []
-        for part in sorted(parts, key=lambda part: part.kind == DUMP):
-            reader = {"zstd": "zstd -dc", "gzip": "gzip -dc", "none": "cat"}[part.codec]
-            lines.append(
-                f"{reader} {shlex.quote(part.name)} | {shlex.join([*tools, *restores[part.kind == DUMP]])}"
-            )
+        lines = [
+            f"{plain_command(part)} | {shlex.join([*tools, *restores[part.kind == DUMP]])}"
+            for part in sorted(parts, key=lambda part: part.kind == DUMP)
+        ]
         return (
             "Stop what uses the databases: each is dropped and made again, with its owner, rights and settings. Roles come\n"
             "first; `role … already exists` is fine there. The tools must be of the server's version or later; they ask\n"

@@ -30,7 +30,7 @@ from tasks.components.redis_swap import (
     WRITE,
     Staged,
 )
-from workers.component import NO_OPTIONS, Part, Restore, Source, part_name
+from workers.component import NO_OPTIONS, Part, Restore, Source, part_name, plain_command
 from workers.errors import CommandFailed, ComparisonError, IntegrityError, Permanent, RuntimeUnavailable
 
 RDB, AOF = "redis-rdb", "redis-aof"
@@ -83,7 +83,6 @@ class Component(RedisServer):
 
     def by_hand(self, parts: Sequence[Part]) -> str:
         part = self._part(parts)
-        reader = {"zstd": "zstd -dc", "gzip": "gzip -dc", "none": "cat"}[part.codec]
         file = self.dbfilename or "dump.rdb"
         holds = f"The snapshot holds {part.holds.get('keys', 'an unknown number of')} keys. A server with"
         note = (
@@ -98,7 +97,7 @@ class Component(RedisServer):
                 f"`appendonly yes`. From 7.0 on, remove the folder `{self.appenddirname or 'appendonlydir'}` beside it "
                 "first: the server makes it anew."
             )
-        unpack = f"{reader} {shlex.quote(part.name)} >"
+        unpack = f"{plain_command(part)} >"
         if self.container:
             place = shlex.quote(f"{self.container}:{folder}/{file}")
             container, name = shlex.quote(self.container), shlex.quote(file)

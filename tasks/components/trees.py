@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from workers.component import Part, Restore, part_name
+from workers.component import Part, Restore, part_name, plain_command
 from workers.errors import ComparisonError, IntegrityError, Permanent
 from workers.runtime import Runtime, run
 from workers.tar import TreeDigest
@@ -18,9 +18,6 @@ from workers.tar import TreeDigest
 SCRIPT = Path(__file__).with_suffix(".sh").read_text()
 OURS = ".ai-micro-backup-*"
 """Shell pattern of our own folders; never backed up, never moved."""
-
-READERS = {"zstd": "zstd -dc", "gzip": "gzip -dc", "none": "cat"}
-"""The public program that prints the plain bytes of a part, by codec."""
 
 COUNT = r"""
 [ -e "$1" ] || [ -L "$1" ] || exit 0
@@ -155,7 +152,7 @@ def would_overwrite(runtime: Runtime, paths: Sequence[PurePosixPath], part: Part
 
 def by_hand(part: Part, folder: PurePosixPath, names: Iterable[str], *, container: str | None) -> str:
     """Return Markdown that says how to unpack ``part``, which holds ``names``, into ``folder`` with public tools."""
-    plain = f"{READERS[part.codec]} {shlex.quote(part.name)}"
+    plain = plain_command(part)
     tar = f"tar --extract --numeric-owner --same-owner --preserve-permissions --directory {shlex.quote(str(folder))}"
     unpack = f"docker cp - {shlex.quote(f'{container}:{folder}')}" if container else tar
     return (

@@ -20,16 +20,18 @@ import jsonschema
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from pyrage import x25519
 
 from tasks import archive
 from tests.metadata_schema import metadata_schema
 from workers import streams
 from workers.catalog import Kind, Run, Step
-from workers.component import NO_OPTIONS, BaseComponent, Part, Restore, Source
-from workers.errors import IntegrityError, LeaseLost, ObjectExists, ObjectNotFound
+from workers.component import DECRYPT, NO_OPTIONS, BaseComponent, Part, Restore, Source, plain_command
+from workers.errors import IntegrityError, LeaseLost, ObjectExists, ObjectNotFound, Permanent
 from workers.locks import Lease
 from workers.progress import Item, Progress
-from workers.sections import LocalStoreSettings, SystemSettings
+from workers.secret import Secret
+from workers.sections import EncryptionSettings, LocalStoreSettings, SystemSettings
 from workers.settings import Settings
 from workers.storage.local import LocalStore
 
@@ -136,11 +138,16 @@ class World:
         host = self.settings.components[name].host
         parts = []
         for number, content in enumerate(contents):
-            file = f"{name}.{number}%20é.bin.zst".replace("é", "%C3%A9")
-            record = streams.write(self.store, f"parts/{RUN_ID}/{file}", iter([content]), level=3)
+            recipients = self.settings.encryption.recipients
+            suffix = ".zst.age" if recipients else ".zst"
+            file = f"{name}.{number}%20é.bin{suffix}".replace("é", "%C3%A9")
+            record = streams.write(
+                self.store, f"parts/{RUN_ID}/{file}", iter([content]), level=3, recipients=recipients
+            )
             began = STARTED + timedelta(seconds=number)
             part = Part(
                 name=file, component=name, host=host, kind="stand", codec="zstd", started=began,
+                encryption="age" if recipients else None,
                 finished=began + timedelta(seconds=5), holds={"keys": number, "warnings": ["it grew"] * number},
                 **vars(record),
             )  # fmt: skip
@@ -226,7 +233,7 @@ def test_metadata_keeps_the_runbooks_keys_and_says_all_of_each_part(written: Wor
     assert found["backup_time"] == "2026-11-22T02:00:00Z"
     assert found["system_version"] == "2.1"
     assert found["components"] == {"postgresql": "3 files", "files": "1 files", "config": "1 files"}
-    assert found["format_version"] == 1
+    assert found["format_version"] == 2
     assert found["run"]["id"] == RUN_ID
     assert found["run"]["finished"] == "2026-11-22T02:00:07Z"
     assert [Part.model_validate(part) for part in found["parts"]] == written.parts
@@ -252,7 +259,7 @@ def test_the_metadata_of_an_archive_is_as_its_schema_says(written: World) -> Non
         {key: value for key, value in found.items() if key != "backup_time"},
         {**found, "colour": "red"},
         {**found, "format_version": "one"},
-        {**found, "format_version": 2},
+        {**found, "format_version": 3},
         {**found, "components": {"files": 3}},
         {**found, "components": {"files": "many files"}},
         {**found, "parts": [{**found["parts"][0], "size": "3"}]},
@@ -530,11 +537,83 @@ def test_metadata_that_is_none_is_refused(text: bytes) -> None:
 
 def test_metadata_of_a_later_format_is_said_to_be(written: World) -> None:
     text = b"".join(archive_member(written, "metadata.json")).replace(
-        b'"format_version": 1', b'"format_version": 2'
+        b'"format_version": 2', b'"format_version": 3'
     )
 
-    with pytest.raises(IntegrityError, match="has format version 2; this version reads 1"):
+    with pytest.raises(IntegrityError, match="has format version 3; this version reads 1, 2"):
         archive.parse_metadata(text, FULL)
+
+
+@pytest.fixture
+def encrypted(world: World, tmp_path: Path) -> World:
+    """The archive of a run whose hosts hold public keys alone; a private one lies in the folder."""
+    identity = x25519.Identity.generate()
+    (tmp_path / "key.txt").write_text(f"{identity}\n")
+    sealing = EncryptionSettings(
+        recipients=(str(identity.to_public()),), identities=(Secret(file=tmp_path / "key.txt"),)
+    )
+    world.settings = world.settings.model_copy(update={"encryption": sealing})
+    world.steps = [world._step(name, contents) for name, contents in PLAIN.items()]
+    world.parts = [Part.model_validate(part) for step in world.steps for part in (step.result or {})["parts"]]
+    world.write()
+    return world
+
+
+def test_encrypted_it_opens_with_age_and_tar_and_so_do_its_parts(encrypted: World, tmp_path: Path) -> None:
+    key = tmp_path / "key.txt"
+    (tmp_path / "opened").mkdir()
+    script = f"{DECRYPT} {encrypted.store.root / FULL}.age | tar -xz".replace(
+        "<file of the private key>", str(key)
+    )
+    subprocess.run(["bash", "-euo", "pipefail", "-c", script], cwd=tmp_path / "opened", check=True)
+    folder = tmp_path / "opened" / RUN_ID
+
+    assert DECRYPT in (folder / "RESTORE.md").read_text()
+    contents = [content for several in PLAIN.values() for content in several]
+    for part, content in zip(encrypted.parts, contents, strict=True):
+        command = plain_command(part).replace("<file of the private key>", str(key))
+        assert subprocess.check_output(["sh", "-ec", command], cwd=folder) == content
+
+
+def test_encrypted_it_is_verified_and_read_with_a_key_only(encrypted: World) -> None:
+    key = f"{FULL}.age"
+    assert archive.resolve(encrypted.store, f"full_backup_{RUN_ID}") == key
+    assert archive.verify(encrypted.store, key) == archive.read_sidecar(encrypted.store, key).metadata
+    assert b"".join(archive.read_part(encrypted.store, key, encrypted.parts[3])) == PLAIN["docs"][0]
+    for item in encrypted.store.list(""):
+        if item.key.endswith(".age"):
+            assert b"tree" not in encrypted.stored(item.key)
+            assert b"RESTORE" not in encrypted.stored(item.key)
+
+    encrypted.settings = encrypted.settings.model_copy(
+        update={"encryption": EncryptionSettings(recipients=encrypted.settings.encryption.recipients)}
+    )
+    assert archive.read_metadata(encrypted.store, key).run.id == RUN_ID
+    with pytest.raises(Permanent, match=r"no private key here; name one in encryption\.identities"):
+        archive.verify(encrypted.store, key)
+
+
+def test_a_changed_byte_in_a_record_is_noticed(written: World) -> None:
+    sidecar = archive.sidecar_key(FULL)
+    text = written.stored(sidecar)
+    for damaged in (text.replace(b'"shop"', b'"shoq"'), text[:-9], text.replace(b'"keys": 2', b'"keys": 3')):
+        assert damaged != text
+        written.replace(damaged, sidecar)
+        with pytest.raises(IntegrityError, match=r"the record .* is damaged"):
+            archive.read_sidecar(written.store, FULL)
+        with pytest.raises(IntegrityError, match=r"the record .* is damaged"):
+            archive.verify(written.store, FULL)
+        assert archive.read_metadata(written.store, FULL).system_name == "shop"
+
+
+def test_a_record_that_describes_another_archive_is_noticed(written: World) -> None:
+    sidecar = archive.sidecar_key(FULL)
+    record = archive.read_sidecar(written.store, FULL)
+    other = record.metadata.model_copy(update={"system_version": "9"})
+    written.replace(archive._sealed(record.model_copy(update={"metadata": other})), sidecar)
+
+    with pytest.raises(IntegrityError, match="does not describe what the archive holds"):
+        archive.verify(written.store, FULL)
 
 
 def test_an_attempt_after_one_that_died_between_the_archive_and_its_record_ends_alike(written: World) -> None:
