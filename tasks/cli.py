@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import typer
 
-from tasks.commands import backups, restores, shows
+from tasks.commands import backups, restores, shows, wal
 from tasks.commands.common import Exit
 
 __all__ = ["Exit", "cli", "main"]
@@ -17,6 +17,7 @@ cli = typer.Typer(
     help="Backs up, verifies and restores a system of Docker-hosted services.", no_args_is_help=True
 )
 cli.command()(backups.backup)
+cli.command()(wal.collect)
 cli.command()(restores.restore)
 cli.command()(restores.plan)
 cli.command("list")(shows.list_archives)

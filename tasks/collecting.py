@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from tasks.components.postgres import Component
-from tasks.components.postgres_archiving import Archiver, Cluster, WalArchive, close_segment
+from tasks.components.postgres_archiving import Archiver, Cluster, WalArchive, close_segment, slot_troubles
 from tasks.components.postgres_segments import SEGMENT
 from tasks.components.postgres_wal import (
     Collection,
@@ -72,12 +72,18 @@ def collect(run_id: str, component: Component, lease: Lease, item: Item) -> dict
                 ) from None
             store.put(key, _record(record, lease))
         trouble = Archiver.of(session).trouble(previous.taken if previous else None)
+        troubles = [trouble] if trouble else []
+        slot = None
+        if component.wal_slot:
+            slot, found = slot_troubles(session, component.wal_slot)
+            troubles += found
     return {
         "system_identifier": cluster.system_identifier,
         "files": stored.files,
         "size": stored.size,
         "collection": record.model_dump(mode="json"),
-        "trouble": trouble,
+        "troubles": troubles,
+        "slot": slot,
     }
 
 

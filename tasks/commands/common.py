@@ -101,7 +101,8 @@ def follow(run_id: str, *, wait: bool, as_json: bool) -> None:
         for line in document["outcome"].get("overwrites", []):
             print(line)
     elif run.state is State.COMPLETE:
-        console.print(f"[green]complete:[/green] {run.kind} {run.id}, archive {run.archive}", highlight=False)
+        what = f", archive {run.archive}" if run.archive else ""
+        console.print(f"[green]complete:[/green] {run.kind} {run.id}{what}", highlight=False)
         if ill := run.outcome.get("ill"):
             console.print(f"[yellow]not asked for their health, being ill before:[/yellow] {', '.join(ill)}")
     elif run.state is State.RUNNING:

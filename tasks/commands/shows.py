@@ -12,6 +12,7 @@ from rich.table import Table
 
 from tasks.commands import common
 from tasks.commands.common import Exit, Json, translated
+from tasks.commands.wal import recoverable, show_recoverable
 from workers import catalog
 from workers.errors import CatalogError
 
@@ -58,7 +59,7 @@ def show(name: Annotated[str, typer.Argument(help="An archive or a run.")], *, a
 
 
 def status(*, as_json: Json = False) -> None:
-    """Show which hosts answer, what runs, and the newest backup with its age."""
+    """Show which hosts answer, what runs, the newest backup with its age, and what PostgreSQL can be brought back to."""
     from workers.app import app
     from workers.hosts import CONTROL, answering_queues, queue_of
     from workers.settings import get_settings
@@ -69,6 +70,7 @@ def status(*, as_json: Json = False) -> None:
         hosts = {host: queue_of(host) in answering for host in settings.hosts}
         runs = [common.run_document(run) for run in catalog.list_runs(limit=10)]
         newest = next((row for row in catalog.list_artifacts() if row.key.startswith("full_system/")), None)
+        points = recoverable()
     age = (catalog.now() - newest.created).total_seconds() if newest else None
     document = {
         "system": settings.system.name,
@@ -76,6 +78,7 @@ def status(*, as_json: Json = False) -> None:
         "hosts": hosts,
         "newest_full_backup": newest.key if newest else None,
         "age_seconds": age,
+        "recoverable": points,
         "runs": runs,
     }
     if as_json:
@@ -113,6 +116,7 @@ def _show_status(document: dict[str, Any]) -> None:
         f"{document['newest_full_backup']}, {age / 3600:.1f} h old" if age is not None else "[red]none[/red]"
     )
     out.print(f"newest full backup: {newest}")
+    show_recoverable(document["recoverable"])
     table = Table("run", "kind", "job", "state", "cause", box=None)
     for run in document["runs"]:
         table.add_row(run["id"], run["kind"], run["job"], run["state"], escape(run["cause"] or ""))

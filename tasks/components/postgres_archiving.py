@@ -23,7 +23,7 @@ from tasks.components.postgres_segments import (
     parse_lsn,
 )
 from tasks.components.postgres_wal import Collection
-from tasks.components.psql import Session
+from tasks.components.psql import Session, literal
 from workers.errors import IntegrityError, Permanent
 from workers.runtime import Runtime, run, stream
 
@@ -64,6 +64,12 @@ def archive_command(folder: str) -> str:
         f"if test -e {there}/%f; then cmp -s %p {there}/%f; "
         f"else cp %p {there}/%f.tmp && sync {there}/%f.tmp && mv {there}/%f.tmp {there}/%f && sync {there}; fi"
     )
+
+
+SLOT = """
+SELECT slot_name AS name, active, wal_status, pg_wal_lsn_diff(pg_current_wal_lsn(), restart_lsn)::bigint AS lag
+FROM pg_replication_slots WHERE slot_name = {name}
+"""
 
 
 @dataclass(frozen=True)
@@ -180,6 +186,23 @@ def close_segment(session: Session, cluster: Cluster, previous: Collection | Non
     if previous and previous.last == last:
         lsn = previous.lsn  # nothing was written; the server says where its next segment begins
     return Collection(taken=taken, lsn=lsn, timeline=timeline, last=last, marked=marked, snapshot=snapshot)
+
+
+def slot_troubles(session: Session, name: str) -> tuple[dict[str, Any] | None, list[str]]:
+    """Return a replication slot with its ``lag`` in bytes, and what is wrong with it. ``None`` when it is not there."""
+    row = next(iter(session.rows(SLOT.format(name=literal(name)))), None)
+    if row is None:
+        return None, [f"there is no replication slot {name}; its pg_receivewal creates it with --create-slot"]
+    troubles = []
+    if not row["active"]:
+        troubles.append(
+            f"nobody receives WAL from the replication slot {name}; is its pg_receivewal running?"
+        )
+    if row["wal_status"] in ("unreserved", "lost"):
+        troubles.append(
+            f"the server has given up WAL that the replication slot {name} wanted: it is {row['wal_status']}"
+        )
+    return row, troubles
 
 
 @dataclass(frozen=True)

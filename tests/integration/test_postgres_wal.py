@@ -107,7 +107,7 @@ def test_collection_holds_every_commit_and_empties_the_folder(collector: Collect
     done = collector.collect()
     record = list_collections(collector.store, "pg", collector.system)[-1]
     assert done["files"] >= 2
-    assert done["trouble"] is None
+    assert done["troubles"] == []
     assert record.end >= written
     assert collector.in_folder() == []
     assert missing(collector.wal, 1, written, record.end) == []
@@ -235,6 +235,6 @@ def test_failing_archive_command_is_the_cause_and_then_a_warning(collector: Coll
     ):
         collector.collect(wal_timeout=0.01)
     done = collector.collect()
-    assert f"archive_command failed, last for {name}" in done["trouble"]
-    assert "has succeeded since" in done["trouble"]
-    assert collector.collect()["trouble"] is None
+    assert f"archive_command failed, last for {name}" in done["troubles"][0]
+    assert "has succeeded since" in done["troubles"][0]
+    assert collector.collect()["troubles"] == []
