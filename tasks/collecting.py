@@ -153,10 +153,15 @@ class Transfer:
             )
 
     def _store(self, name: str, sha256: str) -> None:
-        key = wal_key(self.component.name, self.cluster.system_identifier, name, sha256)
+        settings = get_settings()
+        # Histories say how timelines hang together, and no more: gaps are found where no private key is.
+        recipients = settings.encryption.recipients if SEGMENT.fullmatch(name) else ()
+        place = (self.component.name, self.cluster.system_identifier)
+        key = wal_key(*place, name, sha256, encrypted=bool(recipients))
+        chunks = self._counted(name, sha256)
         try:
             written = streams.write(
-                self.store, key, self._counted(name, sha256), level=get_settings().compression_level
+                self.store, key, chunks, level=settings.compression_level, recipients=recipients
             )
             self.stored.size += written.size
         except ObjectExists:

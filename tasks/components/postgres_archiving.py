@@ -185,7 +185,15 @@ def close_segment(session: Session, cluster: Cluster, previous: Collection | Non
     last = Segment(timeline, (parse_lsn(lsn) - 1) // cluster.segment_size).name(cluster.segment_size)
     if previous and previous.last == last:
         lsn = previous.lsn  # nothing was written; the server says where its next segment begins
-    return Collection(taken=taken, lsn=lsn, timeline=timeline, last=last, marked=marked, snapshot=snapshot)
+    return Collection(
+        taken=taken,
+        lsn=lsn,
+        timeline=timeline,
+        last=last,
+        marked=marked,
+        segment_size=cluster.segment_size,
+        snapshot=snapshot,
+    )
 
 
 def slot_troubles(session: Session, name: str) -> tuple[dict[str, Any] | None, list[str]]:

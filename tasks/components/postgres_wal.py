@@ -2,7 +2,7 @@
 
 ::
 
-    wal/<component>/<system identifier>/<file name>-<sha256 of the plain bytes>.zst
+    wal/<component>/<system identifier>/<file name>-<sha256 of the plain bytes>.zst[.age]
     wal/<component>/<system identifier>/collections/<run id>.json
 """
 
@@ -29,8 +29,11 @@ from tasks.components.postgres_segments import (
     parse_lsn,
 )
 from workers import streams
+from workers.encryption import SUFFIX as ENCRYPTED
+from workers.encryption import decrypt
 from workers.errors import IntegrityError
 from workers.secret import Strict
+from workers.settings import get_settings
 from workers.storage import Store, StoredObject
 
 KEY_NAME = re.compile(
@@ -47,9 +50,11 @@ def folder(component: str, system_identifier: str) -> str:
     return f"wal/{component}/{system_identifier}/"
 
 
-def wal_key(component: str, system_identifier: str, name: str, sha256: str) -> str:
+def wal_key(
+    component: str, system_identifier: str, name: str, sha256: str, *, encrypted: bool = False
+) -> str:
     """Return the key of a WAL file whose plain bytes have this digest."""
-    return f"{folder(component, system_identifier)}{name}-{sha256}.zst"
+    return f"{folder(component, system_identifier)}{name}-{sha256}.zst{ENCRYPTED if encrypted else ''}"
 
 
 @dataclass(frozen=True)
@@ -86,6 +91,8 @@ class Collection(Strict):
     marked: datetime
     """A transaction committed at this time or later is in the WAL up to ``lsn``, so that a recovery to any time before it
     finds where to stop. From here to ``taken`` nothing was committed: all the WAL is the state of that time."""
+    segment_size: int
+    """Bytes; it never changes for a cluster."""
     snapshot: str
     """What was committed up to ``lsn``, as ``pg_current_snapshot()``: while it stays, nothing new is."""
 
@@ -171,28 +178,39 @@ def list_wal(store: Store, component: str, system_identifier: str) -> Wal:
                 histories[int(name[:8], 16)] = parse_history(b"".join(read_wal(store, file.key)).decode())
             except ValueError as error:
                 raise IntegrityError(f"{file.key} is no timeline history: {error}") from error
-    first = next((file for name, file in files.items() if SEGMENT.fullmatch(name)), None)
-    size = _segment_size(store, first.key) if first else DEFAULT_SEGMENT_SIZE
-    return Wal(component, system_identifier, size, files, histories)
+    return Wal(
+        component,
+        system_identifier,
+        _segment_size(store, component, system_identifier, files),
+        files,
+        histories,
+    )
 
 
 def read_wal(store: Store, key: str) -> Iterator[bytes]:
     """Yield the plain bytes of a stored WAL file.
 
-    Raises ``IntegrityError`` at their end when they do not have the digest that the key names, ``ObjectNotFound``.
+    Raises ``IntegrityError`` at their end when they do not have the digest that the key names, ``ObjectNotFound``,
+    ``Permanent`` when it is encrypted and none of the private keys of the settings opens it.
     """
     match = KEY_NAME.fullmatch(key.rpartition("/")[2])
     if not match:
         raise IntegrityError(f"{key} is not the key of a WAL file")
-    plain = streams.Digest()
-    yield from plain.through(streams.decompress(store.get(key), codec="zstd", name=key))
+    plain, stored = streams.Digest(), store.get(key)
+    if key.endswith(ENCRYPTED):
+        stored = decrypt(stored, get_settings().encryption.private_keys(), name=key)
+    yield from plain.through(streams.decompress(stored, codec="zstd", name=key))
     if plain.sha256 != match["sha256"]:
         raise IntegrityError(f"{key} is damaged: its plain bytes have the SHA-256 {plain.sha256}")
 
 
-def _segment_size(store: Store, key: str) -> int:
+def _segment_size(store: Store, component: str, system_identifier: str, files: Mapping[str, WalFile]) -> int:
+    if newest := newest_collection(store, component, system_identifier):
+        return newest.segment_size
+    segments = (file.key for name, file in files.items() if SEGMENT.fullmatch(name))
+    key = next((key for key in segments if not key.endswith(ENCRYPTED)), None)
     try:
-        return Header.parse(next(read_wal(store, key), b"")).segment_size
+        return Header.parse(next(read_wal(store, key), b"")).segment_size if key else DEFAULT_SEGMENT_SIZE
     except ValueError as error:
         raise IntegrityError(f"{key} is no WAL segment: {error}") from error
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import pytest
+from pyrage import x25519
 
 from tasks import collecting
 from tasks.components.postgres import Component
@@ -90,6 +91,10 @@ class Collector:
         return BaseBackup("base", self.system, 1, lsn, lsn, datetime.now(UTC))
 
 
+def segment_of(lsn: int) -> str:
+    return Segment(1, lsn // SIZE).name(SIZE)
+
+
 @pytest.fixture(scope="module", params=[15, 17, 18])
 def server(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Postgres]:
     with postgres_server(request.param, tmp_path_factory.mktemp("pg"), settings=ARCHIVING) as started:
@@ -140,7 +145,7 @@ def test_removed_segment_is_named_and_the_times_are_those_of_the_collections(col
     collector.collect()
     base = collector.base(before)
     assert collector.examine(base).needs_base is False
-    lost = Segment(1, collector.write() // SIZE).name(SIZE)
+    lost = segment_of(collector.write())
     collector.write()
     collector.archived(lost).unlink()
     collector.collect()
@@ -160,7 +165,7 @@ def test_removed_segment_is_named_and_the_times_are_those_of_the_collections(col
 
 
 def test_other_content_under_a_stored_name_is_refused(collector: Collector) -> None:
-    name = Segment(1, collector.write() // SIZE).name(SIZE)
+    name = segment_of(collector.write())
     collector.collect()
     stored = collector.wal.files[name]
     twin = b"".join(read_wal(collector.store, stored.key))
@@ -207,7 +212,7 @@ def test_segment_that_is_not_what_its_name_says_is_refused(collector: Collector)
 
 
 def test_lost_lease_commits_nothing_and_removes_nothing(collector: Collector) -> None:
-    name = Segment(1, collector.write() // SIZE).name(SIZE)
+    name = segment_of(collector.write())
     path = collector.archived(name)
     with pytest.raises(LeaseLost):
         collector.collect(lost=True)
@@ -222,7 +227,7 @@ def test_failing_archive_command_is_the_cause_and_then_a_warning(collector: Coll
     collector.write()
     collector.collect()
     server = collector.server
-    name = Segment(1, collector.write(switch=False) // SIZE).name(SIZE)
+    name = segment_of(collector.write(switch=False))
     in_the_way = server.archive / name
     in_the_way.mkdir()
     server.rows("SELECT pg_switch_wal()")
@@ -238,3 +243,24 @@ def test_failing_archive_command_is_the_cause_and_then_a_warning(collector: Coll
     assert f"archive_command failed, last for {name}" in done["troubles"][0]
     assert "has succeeded since" in done["troubles"][0]
     assert collector.collect()["troubles"] == []
+
+
+def test_segments_are_encrypted_and_gaps_are_found_without_a_private_key(
+    server: Postgres, tmp_path: Path
+) -> None:
+    identity = x25519.Identity.generate()
+    private = tmp_path / "identity"
+    private.write_text(str(identity))
+    table = f'[encryption]\nrecipients = ["{identity.to_public()}"]'
+    with configured(write_settings(tmp_path, more=table)):
+        collector = Collector(server, tmp_path / "store")
+        before = collector.write()
+        collector.collect()
+        stored = collector.wal.files[segment_of(before)]
+        assert stored.key.endswith(".zst.age")
+        assert collector.examine(collector.base(before)).needs_base is False
+        with pytest.raises(Permanent, match="private key"):
+            list(read_wal(collector.store, stored.key))
+    with configured(write_settings(tmp_path, more=f'{table}\nidentities = [{{ file = "{private}" }}]')):
+        plain = b"".join(read_wal(collector.store, stored.key))
+    assert hashlib.sha256(plain).hexdigest() == stored.sha256

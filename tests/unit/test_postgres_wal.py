@@ -173,7 +173,13 @@ def test_store_lists_what_was_put_and_checks_what_is_read(tmp_path: Path) -> Non
     label = put(store, f"{names[0]}.00000028.backup", b"START WAL LOCATION: 0/28\n")
     taken = datetime(2026, 11, 22, 2, tzinfo=UTC)
     record = Collection(
-        taken=taken, lsn="0/2000110", timeline=1, last=names[2], marked=taken, snapshot="7:7:"
+        taken=taken,
+        lsn="0/2000110",
+        timeline=1,
+        last=names[2],
+        marked=taken,
+        segment_size=SIZE,
+        snapshot="7:7:",
     )
     store.put(collection_key("db", CLUSTER, "20261122_020000"), iter([record.model_dump_json().encode()]))
     put(store, "not-wal", b"")

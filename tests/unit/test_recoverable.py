@@ -42,7 +42,15 @@ def collected(hour: float, segment: int, timeline: int = 1) -> Collection:
     """A collection at ``hour`` whose last segment is ``segment``."""
     last = Segment(timeline, segment).name(SIZE)
     lsn = format_lsn(segment * SIZE + 200)
-    return Collection(taken=at(hour), lsn=lsn, timeline=timeline, last=last, marked=at(hour), snapshot="1:1:")
+    return Collection(
+        taken=at(hour),
+        lsn=lsn,
+        timeline=timeline,
+        last=last,
+        marked=at(hour),
+        segment_size=SIZE,
+        snapshot="1:1:",
+    )
 
 
 def base(hour: float, segment: int, timeline: int = 1, *, with_wal: bool = False) -> BaseBackup:
