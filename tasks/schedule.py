@@ -7,13 +7,15 @@ from datetime import UTC, datetime, timedelta
 from celery.schedules import crontab
 
 from tasks.backup import FULL_SYSTEM, backup_full_system
-from tasks.wal import COLLECT_WAL, collect_wal, wal_components
+from tasks.wal import BASE_OPTIONS, COLLECT_WAL, collect_wal, wal_components
 from workers import catalog
 from workers.app import app
 from workers.catalog import State, now
 from workers.sections import parse_cron
 from workers.settings import Settings, get_settings
 
+BASE = "base"
+"""Name of the scheduled job that makes base backups."""
 A_YEAR_OF_MINUTES = 366 * 24 * 60
 CLOCK_SKEW = timedelta(seconds=30)
 """How far the clock of this host may be behind beat's; less than the minute that schedules are made of."""
@@ -31,6 +33,12 @@ def start_scheduled(job: str) -> str | None:
     if job == COLLECT_WAL:
         collection_id: str | None = collect_wal(job=job, scheduled_at=due.isoformat())
         return collection_id
+    if job == BASE:
+        started = [
+            backup_full_system([name], options=BASE_OPTIONS, job=f"{name}-base", scheduled_at=due.isoformat())
+            for name in wal_components(settings)
+        ]
+        return next((base_id for base_id in started if base_id), None)
     components = None if job == FULL_SYSTEM else [job]
     run_id: str | None = backup_full_system(components, job=job, scheduled_at=due.isoformat())
     return run_id
@@ -64,11 +72,11 @@ def newest_digest(component: str) -> str | None:
 
 
 def cron_lines(settings: Settings) -> dict[str, str]:
-    """Return the cron line of each scheduled job: the full system's, those of single components, and the WAL's."""
+    """Return the cron line of each scheduled job: the full system's, those of single components, the WAL's and base backups'."""
     schedule = settings.schedule
     full = {FULL_SYSTEM: schedule.full_system} if schedule.full_system else {}
-    wal = {COLLECT_WAL: schedule.wal} if schedule.wal and wal_components(settings) else {}
-    return full | schedule.components | wal
+    wal = {COLLECT_WAL: schedule.wal, BASE: schedule.base} if wal_components(settings) else {}
+    return full | schedule.components | {job: line for job, line in wal.items() if line}
 
 
 def latest_due(schedule: crontab, moment: datetime) -> datetime:

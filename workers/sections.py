@@ -179,6 +179,8 @@ class ScheduleSettings(Strict):
     """A schedule of its own for a component, by its name."""
     wal: Cron | None = "0 */6 * * *"
     """When WAL is collected, where there is a ``wal_archive``."""
+    base: Cron | None = "0 3 * * 0"
+    """When a base backup is made, where there is a ``wal_archive``."""
     prune: Cron | None = "30 4 * * *"
     """When what retention does not keep is deleted."""
     config_watch_seconds: float = Field(default=300, ge=1)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import posixpath
 import tarfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 
 from workers.errors import IntegrityError
 from workers.tar_format import (
@@ -43,14 +43,21 @@ class TreeDigest:
     Memory stays flat: the names of symbolic links are kept, and with ``listing`` those of all files.
     """
 
-    def __init__(self, *, outward_links: int | None = None, listing: bool = False) -> None:
-        """Refuse more than ``outward_links`` symbolic links that point out of the tree; ``None`` only counts them."""
+    def __init__(
+        self, *, outward_links: int | None = None, listing: bool = False, keep: Collection[str] = ()
+    ) -> None:
+        """Refuse more than ``outward_links`` symbolic links that point out of the tree; ``None`` only counts them.
+
+        ``keep`` names (small) files whose contents are kept.
+        """
         self.entries = self.files = self.bytes = self.largest = self.outward_links = 0
         self.contents: dict[str, str] = {}
         """With ``listing``: the SHA-256 of each file's content, and ``-> target`` of each link, by name."""
         self.modes: dict[str, str] = {}
         """With ``listing``: the mode of each file, as four octal digits."""
-        self._listing, self._allowed = listing, outward_links
+        self.kept: dict[str, bytes] = {}
+        """The contents of the files to ``keep``, by name."""
+        self._listing, self._allowed, self._keep = listing, outward_links, keep
         self._sum = self._unowned_sum = 0
         self._links: set[bytes] = set()
         self._ended = False
@@ -116,6 +123,7 @@ class TreeDigest:
             raise IntegrityError(f"{member.shown}: sparse files are read in PAX format 1.0 only")
         self._check(member)
         content = hashlib.sha256()
+        kept: list[bytes] | None = [] if member.shown in self._keep else None
         left, regions = member.stored, [(0, member.stored)]
         if sparse:
             regions, read = yield from read_sparse_map(member)
@@ -131,9 +139,13 @@ class TreeDigest:
             while left_here:
                 piece = yield left_here
                 content.update(piece)
+                if kept is not None:
+                    kept.append(bytes(piece))
                 left_here -= len(piece)
         _zeros(content, real - position)
         yield from exactly(left + -member.stored % BLOCK)
+        if kept is not None:
+            self.kept[member.shown] = b"".join(kept)
         self._add(member, real, content.hexdigest())
 
     def _check(self, member: Member) -> None:

@@ -15,6 +15,10 @@ def backup(
         list[str] | None, typer.Argument(help="Components; by default the full system.")
     ] = None,
     *,
+    base: Annotated[
+        str | None,
+        typer.Option(help="full: a base backup of one PostgreSQL server, for point-in-time recovery."),
+    ] = None,
     wait: Wait = True,
     as_json: Json = False,
 ) -> None:
@@ -22,5 +26,6 @@ def backup(
     from tasks.backup import backup_full_system
 
     with translated():
-        run_id = common.send(backup_full_system, components or None)
+        asked = {"options": {"base": base}} if base else {}
+        run_id = common.send(backup_full_system, components or None, **asked)
         common.follow(run_id, wait=wait, as_json=as_json)

@@ -19,10 +19,21 @@ from typing import Any, ClassVar, Literal, cast
 
 from pydantic import Field
 
+from tasks.components.postgres_base import BASE, base_by_hand, base_source, check_base
+from tasks.components.postgres_options import BackupOptions
 from tasks.components.postgres_roles import globals_argv, role_created
 from tasks.components.postgres_swap import OWN_DATABASES, Swap
 from tasks.components.psql import OPTIONS, ProcessGroup, Server, Session, Statement, literal, statements
-from workers.component import NO_OPTIONS, BaseComponent, Part, Restore, Source, part_name, plain_command
+from workers.component import (
+    NO_OPTIONS,
+    BaseComponent,
+    Options,
+    Part,
+    Restore,
+    Source,
+    part_name,
+    plain_command,
+)
 from workers.errors import CommandFailed, ComparisonError, Permanent
 from workers.runtime import Runtime, open_runtime, run
 from workers.secret import Secret
@@ -65,6 +76,7 @@ class Component(BaseComponent):
     """The databases and roles of one server."""
 
     metadata_key: ClassVar[str] = "postgresql"
+    backup_options: ClassVar[type[Options]] = BackupOptions
 
     kind: Literal["postgres"]
     user: str = "postgres"
@@ -95,8 +107,14 @@ class Component(BaseComponent):
     # -- backup -------------------------------------------------------------------------------------------------
 
     def sources(self, options: Mapping[str, Any] = NO_OPTIONS) -> list[Source]:
-        """Return a source for the globals and one for each database. Raises ``Permanent`` when one is missing."""
+        """Return a source for the globals and one for each database, or that of a base backup.
+
+        Raises ``Permanent`` when a database is missing.
+        """
+        asked = BackupOptions.model_validate(dict(options))
         server = self._server(self.maintenance_database)
+        if asked.base:
+            return [base_source(server, self.name, self.maintenance_database)]
         with server.session(self.maintenance_database) as session:
             names = self._names(session)
         held = {"server_version": server.version, "roles": []}
@@ -189,7 +207,16 @@ class Component(BaseComponent):
             lines.append(f"database {database} on {self._place}: {now} the one of {when}")
         return lines
 
+    def check(self, part: Part, chunks: Iterator[bytes]) -> None:
+        """Compare every file of a base backup with its manifest."""
+        if part.kind == BASE:
+            check_base(chunks, part.holds)
+        else:
+            super().check(part, chunks)
+
     def by_hand(self, parts: Sequence[Part]) -> str:
+        if bases := [part for part in parts if part.kind == BASE]:
+            return base_by_hand(bases[0])
         tools = ["docker", "exec", "-i", self.container] if self.container else []
         login = [f"--username={self.user}"]
         login += [f"--host={self.address}"] if self.address else []

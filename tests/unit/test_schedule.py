@@ -151,8 +151,8 @@ def test_a_job_that_is_switched_off_has_no_entry(configuration: Settings) -> Non
     assert lines() == {"full_system": "0 2 * * *"}
     database = Component(name="db", kind="postgres", host="db1", wal_archive=PurePosixPath("/wal"))
     with_wal = configuration.model_copy(update={"components": {"db": database}})
-    assert lines(with_wal) == {"full_system": "0 2 * * *", "collect_wal": "0 */6 * * *"}
-    assert lines(with_wal, full_system=None, wal=None) == {}
+    assert lines(with_wal) == {"full_system": "0 2 * * *", "collect_wal": "0 */6 * * *", "base": "0 3 * * 0"}
+    assert lines(with_wal, full_system=None, wal=None, base=None) == {}
 
 
 class Clock:
