@@ -171,15 +171,19 @@ def read_sidecar(store: Store, key: str) -> Archive:
 
     Raises ``ObjectNotFound`` when it has none, ``IntegrityError`` when it is not what was written.
     """
-    text = b"".join(store.get(sidecar_key(key)))
+    return parse_sidecar(b"".join(store.get(sidecar_key(key))), sidecar_key(key))
+
+
+def parse_sidecar(text: bytes, key: str) -> Archive:
+    """Return the record that lies under ``key``. Raises ``IntegrityError`` when it is not what was written."""
     try:
         document = json.loads(text)
         sealed = document.pop(SEAL, None)
         if sealed not in (None, _seal(document)):  # the first version sealed nothing
-            raise IntegrityError(f"the record {sidecar_key(key)} is damaged: its digest differs")
+            raise IntegrityError(f"the record {key} is damaged: its digest differs")
         return Archive.model_validate_json(json.dumps(document))
     except (ValueError, AttributeError) as error:
-        raise IntegrityError(f"the record {sidecar_key(key)} is damaged") from error
+        raise IntegrityError(f"the record {key} is damaged") from error
 
 
 def _sealed(archive: Archive) -> bytes:

@@ -10,6 +10,7 @@ from typing import Any
 from celery import Task
 from pydantic import TypeAdapter
 
+from tasks.offsite import copy_offsite, wanted
 from tasks.runs import WORKFLOWS, Work, begin
 from tasks.step import perform
 from workers import catalog, streams
@@ -189,6 +190,9 @@ class BackupWorkflow:
             artifact = Artifact.model_validate(steps[0].result["artifact"])
             catalog.add_artifact(artifact)
             catalog.finish_run(run.id, archive=artifact.key)
+            offsite = get_settings().offsite
+            if offsite and wanted(artifact, offsite):
+                copy_offsite.delay(job="after a backup")
         drop_superseded_parts(run)
         return None
 

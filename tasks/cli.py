@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import typer
 
-from tasks.commands import backups, restores, shows, wal
+from tasks.commands import backups, copies, restores, shows, wal
 from tasks.commands.common import Exit
 
 __all__ = ["Exit", "cli", "main"]
@@ -18,6 +18,7 @@ cli = typer.Typer(
 )
 cli.command()(backups.backup)
 cli.command()(wal.collect)
+cli.command()(copies.offsite)
 cli.command()(restores.restore)
 cli.command()(restores.plan)
 cli.command("list")(shows.list_archives)

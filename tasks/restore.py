@@ -32,17 +32,21 @@ from workers.progress import Progress
 from workers.runtime import open_service, sweep
 from workers.sections import ServiceSettings
 from workers.settings import Settings, get_settings
-from workers.storage import open_store
+from workers.storage import Store, open_store
 
 
 @app.task(name="tasks.restore.restore_full_system")
-def restore_full_system(name: str, *, confirm: str | None = None, plan: bool = False) -> str:
+def restore_full_system(
+    name: str, *, confirm: str | None = None, plan: bool = False, store: str = "store"
+) -> str:
     """Start the restore of every component of the archive ``name`` and return the id of its run.
 
-    ``confirm`` must be the system's name; ``plan`` only looks, and needs none. Raises ``NotConfirmed`` with what it
-    would overwrite, ``ObjectNotFound`` for an unknown archive, ``Permanent`` for one that does not fit.
+    ``store`` is the table of the settings for where it lies: ``store`` or ``offsite``. ``confirm`` must be the system's
+    name; ``plan`` only looks, and needs none. Raises ``NotConfirmed`` with what it would overwrite,
+    ``ObjectNotFound`` for an unknown archive, ``Permanent`` for one that does not fit.
     """
-    return _start(name, None, confirm=confirm, expected=get_settings().system.name, plan=plan)
+    expected = get_settings().system.name
+    return _start(name, None, confirm=confirm, expected=expected, plan=plan, table=store)
 
 
 @app.task(name="tasks.restore.restore_component")
@@ -53,13 +57,16 @@ def restore_component(
     options: Mapping[str, Any] | None = None,
     confirm: str | None = None,
     plan: bool = False,
+    store: str = "store",
 ) -> str:
     """Start the restore of one component from the archive ``name``; ``confirm`` must be the component's name.
 
     ``options`` are the component's own (`BaseComponent.restore_options`); with some of them nothing that is live is
     replaced, and no ``confirm`` is needed. Raises ``SettingsError`` for options that it does not have.
     """
-    return _start(name, [component], options=options, confirm=confirm, expected=component, plan=plan)
+    return _start(
+        name, [component], options=options, confirm=confirm, expected=component, plan=plan, table=store
+    )
 
 
 def _start(
@@ -70,9 +77,10 @@ def _start(
     confirm: str | None,
     expected: str,
     plan: bool,
+    table: str,
 ) -> str:
     settings = get_settings()
-    store = open_store(settings.store)
+    store = open_store(settings.store_of(table))
     key = archive.resolve(store, name)
     metadata = archive.read_metadata(store, key)
     if metadata.system_name != settings.system.name:
@@ -93,7 +101,7 @@ def _start(
             f"{metadata.backup_time:%Y-%m-%d %H:%M:%S} UTC; see what exactly with plan=True, then confirm={expected!r}"
         )
     kind = Kind.PLAN if plan else Kind.RESTORE
-    run = catalog.open_run(kind, job="manual", components=chosen, archive=key, options=options)
+    run = catalog.open_run(kind, job="manual", components=chosen, archive=key, options=options, store=table)
     if run is None or run.cause:
         raise Permanent(f"the restore was not started: {run.cause if run else 'it exists'}")
     begin(run)
@@ -101,14 +109,14 @@ def _start(
 
 
 @app.task(bind=True, name="tasks.restore.verify_archive")
-def verify_archive(self: Task[Any, Any], run_id: str, key: str) -> dict[str, Any]:
+def verify_archive(self: Task[Any, Any], run_id: str, key: str, table: str) -> dict[str, Any]:
     """Read the archive to its last byte before anything is touched."""
 
     def work(_lease: Lease) -> dict[str, Any]:
         require_no_collection(catalog.get_run(run_id).components)
         progress = Progress(self, "archive")
         with progress.reporting():
-            metadata = archive.verify(open_store(get_settings().store), key, progress=progress)
+            metadata = archive.verify(_store(table), key, progress=progress)
         return {"parts": len(metadata.parts)}
 
     return perform(self, f"run-{run_id}", work)
@@ -116,14 +124,17 @@ def verify_archive(self: Task[Any, Any], run_id: str, key: str) -> dict[str, Any
 
 @app.task(bind=True, name="tasks.restore.inspect_component")
 def inspect_component(
-    self: Task[Any, Any], key: str, name: str, options: Mapping[str, Any]
+    self: Task[Any, Any], key: str, name: str, options: Mapping[str, Any], table: str
 ) -> dict[str, Any]:
     """Say what a restore of the component would overwrite, and whether where it lives is missing."""
     component = get_settings().components[name]
 
     def work(_lease: Lease) -> dict[str, Any]:
         try:
-            return {"lines": component.overwrites(_parts(key, name), options), "missing": False}
+            return {
+                "lines": component.overwrites(_parts(_store(table), key, name), options),
+                "missing": False,
+            }
         except RuntimeUnavailable as error:
             return {"lines": [f"{name}: not there now ({error})"], "missing": True}
 
@@ -132,19 +143,25 @@ def inspect_component(
 
 @app.task(bind=True, name="tasks.restore.restore_step")
 def restore_step(
-    self: Task[Any, Any], run_id: str, key: str, name: str, actions: Sequence[str], options: Mapping[str, Any]
+    self: Task[Any, Any],
+    run_id: str,
+    key: str,
+    name: str,
+    actions: Sequence[str],
+    options: Mapping[str, Any],
+    table: str,
 ) -> dict[str, Any]:
     """Do the named steps of the component's restore (see `BaseComponent`), one after another."""
     component = get_settings().components[name]
-    store = open_store(get_settings().store)
     progress = Progress(self, name)
 
     def read(part: Part) -> Iterator[bytes]:
-        return progress.add(part.name, part.plain_size).through(archive.read_part(store, key, part))
+        return progress.add(part.name, part.plain_size).through(archive.read_part(_store(table), key, part))
 
     def work(lease: Lease) -> dict[str, Any]:
         sweep(component.runtime, name)
-        restore = Restore(run_id, _parts(key, name), read, options, store)
+        store = _store(table)
+        restore = Restore(run_id, _parts(store, key, name), read, options, store)
         for action in actions:
             with progress.reporting():
                 {
@@ -212,8 +229,12 @@ def _is_ill(service: ServiceSettings) -> bool:
     return False
 
 
-def _parts(key: str, component: str) -> list[Part]:
-    metadata = archive.read_metadata(open_store(get_settings().store), key)
+def _store(table: str) -> Store:
+    return open_store(get_settings().store_of(table))
+
+
+def _parts(store: Store, key: str, component: str) -> list[Part]:
+    metadata = archive.read_metadata(store, key)
     return [part for part in metadata.parts if part.component == component]
 
 
@@ -227,7 +248,7 @@ class PlanWorkflow:
             Work(
                 name,
                 "tasks.restore.inspect_component",
-                (run.archive, name, run.options),
+                (run.archive, name, run.options, run.store),
                 _queue(name),
                 name,
             )
@@ -261,7 +282,7 @@ class RestoreWorkflow:
                     Work(
                         "archive",
                         "tasks.restore.verify_archive",
-                        (run.id, run.archive),
+                        (run.id, run.archive, run.store),
                         CONTROL,
                         f"run-{run.id}",
                     )
@@ -336,7 +357,7 @@ class RestoreWorkflow:
         return Work(
             name,
             "tasks.restore.restore_step",
-            (run.id, run.archive, name, actions, run.options),
+            (run.id, run.archive, name, actions, run.options, run.store),
             _queue(name),
             name,
         )

@@ -7,6 +7,7 @@ from datetime import UTC, datetime, timedelta
 from celery.schedules import crontab
 
 from tasks.backup import FULL_SYSTEM, backup_full_system
+from tasks.offsite import OFFSITE, copy_offsite
 from tasks.wal import BASE_OPTIONS, COLLECT_WAL, collect_wal, wal_components
 from workers import catalog
 from workers.app import app
@@ -39,6 +40,9 @@ def start_scheduled(job: str) -> str | None:
             for name in wal_components(settings)
         ]
         return next((base_id for base_id in started if base_id), None)
+    if job == OFFSITE:
+        copy_id: str | None = copy_offsite(job=job, scheduled_at=due.isoformat())
+        return copy_id
     components = None if job == FULL_SYSTEM else [job]
     run_id: str | None = backup_full_system(components, job=job, scheduled_at=due.isoformat())
     return run_id
@@ -72,11 +76,12 @@ def newest_digest(component: str) -> str | None:
 
 
 def cron_lines(settings: Settings) -> dict[str, str]:
-    """Return the cron line of each scheduled job: the full system's, those of single components, the WAL's and base backups'."""
+    """Return the cron line of each scheduled job: the full system's, single components', the WAL's, base backups', copies'."""
     schedule = settings.schedule
-    full = {FULL_SYSTEM: schedule.full_system} if schedule.full_system else {}
-    wal = {COLLECT_WAL: schedule.wal, BASE: schedule.base} if wal_components(settings) else {}
-    return full | schedule.components | {job: line for job, line in wal.items() if line}
+    beside = {COLLECT_WAL: schedule.wal, BASE: schedule.base} if wal_components(settings) else {}
+    beside |= {OFFSITE: schedule.offsite} if settings.offsite else {}
+    full = {FULL_SYSTEM: schedule.full_system}
+    return {job: line for job, line in (full | schedule.components | beside).items() if line}
 
 
 def latest_due(schedule: crontab, moment: datetime) -> datetime:

@@ -47,7 +47,7 @@ def follow(run_id: str, *, console: Console | None) -> Run:
 
 def origin(run: Run) -> str:
     """Return a line that says from what a plan would restore, and how old that is."""
-    metadata = archive.read_metadata(open_store(get_settings().store), str(run.archive))
+    metadata = archive.read_metadata(open_store(get_settings().store_of(run.store)), str(run.archive))
     age = catalog.now() - metadata.backup_time
     hours, minutes = divmod(age.seconds // 60, 60)
     when = f"{metadata.backup_time:%Y-%m-%d %H:%M:%S} UTC, {age.days} d {hours} h {minutes} min old"

@@ -148,6 +148,25 @@ class EncryptionSettings(Strict):
         return keys
 
 
+class OffsiteSettings(Strict):
+    """A second store, elsewhere, that archives are copied to."""
+
+    store: StoreSettings
+    what: tuple[Literal["full", "components", "base", "wal"], ...] = ("full",)
+    """Full archives; archives of single components; base backups of PostgreSQL; its WAL."""
+    bytes_per_second: int | None = Field(default=None, gt=0)
+    """The bandwidth that copying may take."""
+    read_back: bool = True
+    """Whether a copy is read again and compared; else the checksums of the transfer have to do."""
+
+    @model_validator(mode="after")
+    def _infrequent_access(self) -> OffsiteSettings:
+        if isinstance(self.store, S3StoreSettings) and "storage_class" not in self.store.model_fields_set:
+            store = self.store.model_copy(update={"storage_class": "STANDARD_IA"})
+            return self.model_copy(update={"store": store})
+        return self
+
+
 class BrokerSettings(Strict):
     """The Redis that carries tasks, results and leases."""
 
@@ -183,6 +202,8 @@ class ScheduleSettings(Strict):
     """When a base backup is made, where there is a ``wal_archive``."""
     prune: Cron | None = "30 4 * * *"
     """When what retention does not keep is deleted."""
+    offsite: Cron | None = "0 4 * * *"
+    """When the offsite store gets what it lacks, beside the copy after each backup."""
     config_watch_seconds: float = Field(default=300, ge=1)
     """How often each ``config`` component is looked at for changes."""
     watchdog_seconds: float = Field(default=30, ge=1)

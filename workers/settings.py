@@ -12,11 +12,11 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from pydantic import Field, ValidationError
+from pydantic import Field, ValidationError, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from workers.component import BaseComponent, load
-from workers.errors import SettingsError
+from workers.errors import Permanent, SettingsError
 from workers.secret import Strict
 from workers.sections import (
     BrokerSettings,
@@ -24,7 +24,10 @@ from workers.sections import (
     EncryptionSettings,
     HostName,
     LimitsSettings,
+    LocalStoreSettings,
+    OffsiteSettings,
     RetentionSettings,
+    S3StoreSettings,
     ScheduleSettings,
     ServiceSettings,
     StoreSettings,
@@ -42,6 +45,7 @@ class Settings(Strict):
     components: dict[str, BaseComponent]
     services: tuple[ServiceSettings, ...] = ()
     store: StoreSettings
+    offsite: OffsiteSettings | None = None
     broker: BrokerSettings = BrokerSettings()
     encryption: EncryptionSettings = EncryptionSettings()
     catalog: CatalogSettings = CatalogSettings()
@@ -49,6 +53,21 @@ class Settings(Strict):
     retention: RetentionSettings = RetentionSettings()
     limits: LimitsSettings = LimitsSettings()
     compression_level: int = Field(default=3, ge=1, le=19)
+
+    @field_validator("store")
+    @classmethod
+    def _deletable(cls, store: LocalStoreSettings | S3StoreSettings) -> LocalStoreSettings | S3StoreSettings:
+        if isinstance(store, S3StoreSettings) and store.lock:
+            raise ValueError("parts must be deleted from the main store; `lock` is for offsite.store")
+        return store
+
+    def store_of(self, table: str) -> LocalStoreSettings | S3StoreSettings:
+        """Return the store of the table ``store`` or ``offsite``. Raises ``Permanent`` when there is none."""
+        if table == "store":
+            return self.store
+        if table == "offsite" and self.offsite:
+            return self.offsite.store
+        raise Permanent(f"the settings have no store {table!r}")
 
     def missing_secrets(self, hosts: Iterable[str]) -> list[str]:
         """Return a line for each secret missing here: the broker's, the store's, those of the components of ``hosts``."""

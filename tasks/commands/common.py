@@ -31,6 +31,9 @@ MEGABYTE = 1_000_000
 SECONDS_TO_START = 30
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document to stdout and nothing else.")]
+From = Annotated[
+    str, typer.Option("--from", help="The store to read: `store`, or `offsite`.", metavar="STORE")
+]
 Wait = Annotated[bool, typer.Option("--wait/--no-wait", help="Show progress until the run has ended.")]
 
 

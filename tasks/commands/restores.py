@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from tasks.commands import common
-from tasks.commands.common import Json, Wait, translated
+from tasks.commands.common import From, Json, Wait, translated
 
 
 def restore(
@@ -18,6 +18,7 @@ def restore(
         str | None, typer.Option(help="Name of the system or component to be overwritten.")
     ] = None,
     plan: Annotated[bool, typer.Option("--plan", help="Only show what would be overwritten.")] = False,
+    store: From = "store",
     wait: Wait = True,
     as_json: Json = False,
 ) -> None:
@@ -26,14 +27,20 @@ def restore(
 
     with translated():
         if component:
-            run_id = common.send(restore_component, archive, component, confirm=confirm, plan=plan)
+            run_id = common.send(
+                restore_component, archive, component, confirm=confirm, plan=plan, store=store
+            )
         else:
-            run_id = common.send(restore_full_system, archive, confirm=confirm, plan=plan)
+            run_id = common.send(restore_full_system, archive, confirm=confirm, plan=plan, store=store)
         common.follow(run_id, wait=wait or plan, as_json=as_json)
 
 
 def plan(
-    archive: str, *, component: Annotated[str | None, typer.Option()] = None, as_json: Json = False
+    archive: str,
+    *,
+    component: Annotated[str | None, typer.Option()] = None,
+    store: From = "store",
+    as_json: Json = False,
 ) -> None:
     """Show what a restore would overwrite, from what, how old, and do nothing."""
-    restore(archive, component=component, plan=True, as_json=as_json)
+    restore(archive, component=component, plan=True, store=store, as_json=as_json)

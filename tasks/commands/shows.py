@@ -11,15 +11,17 @@ from rich.markup import escape
 from rich.table import Table
 
 from tasks.commands import common
-from tasks.commands.common import Exit, Json, translated
+from tasks.commands.common import Exit, From, Json, translated
 from tasks.commands.wal import recoverable, show_recoverable
 from workers import catalog
+from workers.catalog import Artifact
 from workers.errors import CatalogError
 
 
-def list_archives(*, as_json: Json = False) -> None:
-    """List the archives, the newest first."""
+def list_archives(*, store: From = "store", as_json: Json = False) -> None:
+    """List the archives, the newest first; those of another store than the main one as that store itself has them."""
     with translated():
+        artifacts = catalog.list_artifacts() if store == "store" else _artifacts_in(store)
         rows = [
             {
                 "archive": row.key,
@@ -27,7 +29,7 @@ def list_archives(*, as_json: Json = False) -> None:
                 "size": row.size,
                 "sha256": row.sha256,
             }
-            for row in catalog.list_artifacts()
+            for row in artifacts
         ]
     if as_json:
         print(json.dumps(rows))
@@ -36,6 +38,23 @@ def list_archives(*, as_json: Json = False) -> None:
     for row in rows:
         table.add_row(str(row["archive"]), str(row["created"]), common.size_of(int(str(row["size"]))))
     Console().print(table if rows else "no archive yet; make one with: ai-micro-backup backup")
+
+
+def _artifacts_in(table: str) -> list[Artifact]:
+    """Return the archives of a store that are whole: those with a record. The catalogue is not asked."""
+    from tasks import archive
+    from workers.settings import get_settings
+    from workers.storage import open_store
+
+    store = open_store(get_settings().store_of(table))
+    records = [
+        item.key
+        for prefix in ("full_system/", "components/")
+        for item in store.list(prefix)
+        if item.key.endswith(archive.SIDECAR_SUFFIX)
+    ]
+    found = [archive.artifact_of(archive.parse_sidecar(b"".join(store.get(key)), key)) for key in records]
+    return sorted(found, key=lambda artifact: artifact.created, reverse=True)
 
 
 def show(name: Annotated[str, typer.Argument(help="An archive or a run.")], *, as_json: Json = False) -> None:

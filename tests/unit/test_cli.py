@@ -262,6 +262,9 @@ def test_what_is_sent_is_what_was_asked_for(configuration: Settings, monkeypatch
         ["restore", "a", "--component", "keys"],
         ["restore", "a", "--plan"],
         ["plan", "a", "--component", "keys"],
+        ["restore", "a", "--confirm", "shop", "--from", "offsite"],
+        ["plan", "a", "--from", "offsite"],
+        ["offsite"],
     ):
         done = call(*words)
         assert done.exit_code == 0, done.output
@@ -274,10 +277,13 @@ def test_what_is_sent_is_what_was_asked_for(configuration: Settings, monkeypatch
     assert sent == [
         ("backup_full_system", (None,), {}),
         ("backup_full_system", (["keys", "settings"],), {}),
-        ("restore_full_system", ("a",), {"confirm": "shop", "plan": False}),
-        ("restore_component", ("a", "keys"), {"confirm": None, "plan": False}),
-        ("restore_full_system", ("a",), {"confirm": None, "plan": True}),
-        ("restore_component", ("a", "keys"), {"confirm": None, "plan": True}),
+        ("restore_full_system", ("a",), {"confirm": "shop", "plan": False, "store": "store"}),
+        ("restore_component", ("a", "keys"), {"confirm": None, "plan": False, "store": "store"}),
+        ("restore_full_system", ("a",), {"confirm": None, "plan": True, "store": "store"}),
+        ("restore_component", ("a", "keys"), {"confirm": None, "plan": True, "store": "store"}),
+        ("restore_full_system", ("a",), {"confirm": "shop", "plan": False, "store": "offsite"}),
+        ("restore_full_system", ("a",), {"confirm": None, "plan": True, "store": "offsite"}),
+        ("copy_offsite", (), {}),
     ]
 
 

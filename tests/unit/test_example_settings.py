@@ -8,7 +8,7 @@ import pytest
 from pydantic import BaseModel
 
 from workers.component import BaseComponent, load
-from workers.sections import S3StoreSettings, ServiceSettings
+from workers.sections import OffsiteSettings, S3StoreSettings, ServiceSettings
 from workers.settings import Settings, read_settings
 
 EXAMPLE = Path(__file__).parents[2] / "backup.example.toml"
@@ -77,6 +77,7 @@ def test_every_key_is_shown_and_what_is_commented_out_is_right() -> None:
         "system",
         "encryption",
         "store",
+        "offsite",
         "broker",
         "catalog",
         "schedule",
@@ -108,13 +109,21 @@ def test_the_values_shown_for_optional_keys_are_valid(tmp_path: Path) -> None:
 
 
 def test_every_key_of_an_s3_store_is_shown_with_its_default_or_a_valid_value() -> None:
-    lines = re.findall(r"^#   ([a-z_]+ = .*)$", EXAMPLE.read_text(), flags=re.MULTILINE)
+    example, _, offsite = EXAMPLE.read_text().partition("#   [offsite]")
+    lines = re.findall(r"^#   ([a-z_]+ = .*)$", example, flags=re.MULTILINE)
     shown = S3StoreSettings.model_validate(tomllib.loads("\n".join(lines)))
     assert shown.model_fields_set == set(S3StoreSettings.model_fields) - {
         "lock"
     }  # which is for offsite stores
     for name in ("checksums", "attempts", "unfinished_hours"):
         assert getattr(shown, name) == S3StoreSettings.model_fields[name].default
+
+    keys = re.findall(r"^#   ([a-z_]+ = .*)$", offsite, flags=re.MULTILINE)
+    table = tomllib.loads("\n".join(keys))
+    store = {"kind": "s3", "bucket": "b", "lock": table.pop("lock")}
+    described = OffsiteSettings.model_validate({"store": store, **table})
+    assert described.model_fields_set == set(OffsiteSettings.model_fields)
+    assert (described.what, described.read_back) == (("full",), True)
 
 
 def _tables(model: type[BaseModel]) -> list[type[BaseModel]]:

@@ -22,7 +22,7 @@ from tasks.components.postgres import Component
 from tests.configured import configured, write_settings
 from workers import catalog
 from workers.catalog import Kind, Run
-from workers.sections import ScheduleSettings, parse_cron
+from workers.sections import LocalStoreSettings, OffsiteSettings, ScheduleSettings, parse_cron
 from workers.settings import Settings
 
 ROOT = Path(__file__).parents[2]
@@ -153,6 +153,10 @@ def test_a_job_that_is_switched_off_has_no_entry(configuration: Settings) -> Non
     with_wal = configuration.model_copy(update={"components": {"db": database}})
     assert lines(with_wal) == {"full_system": "0 2 * * *", "collect_wal": "0 */6 * * *", "base": "0 3 * * 0"}
     assert lines(with_wal, full_system=None, wal=None, base=None) == {}
+    elsewhere = OffsiteSettings(store=LocalStoreSettings(path=Path("/elsewhere")))
+    with_offsite = configuration.model_copy(update={"offsite": elsewhere})
+    assert lines(with_offsite) == {"full_system": "0 2 * * *", "offsite": "0 4 * * *"}
+    assert lines(with_offsite, full_system=None, offsite=None) == {}
 
 
 class Clock:

@@ -1,6 +1,7 @@
 """The catalogue: runs, their steps, and the artifacts they made. Only control workers write it; times are UTC."""
 
 from workers.catalog.artifacts import add_artifact, list_artifacts
+from workers.catalog.copies import add_copy, drop_copy, list_copies
 from workers.catalog.database import session
 from workers.catalog.models import (
     RUN_ID_FORMAT,
@@ -39,11 +40,14 @@ __all__ = [
     "UTCDateTime",
     "Verification",
     "add_artifact",
+    "add_copy",
+    "drop_copy",
     "enter_phase",
     "find_scheduled",
     "finish_run",
     "get_run",
     "list_artifacts",
+    "list_copies",
     "list_runs",
     "note",
     "now",

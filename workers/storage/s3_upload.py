@@ -74,7 +74,7 @@ class Checksum:
                 )
             differs = response["ChecksumSHA256"] != b64encode(self.digest).decode()
         else:
-            etag = response["ETag"].strip('"')
+            etag = response.get("ETag", "").strip('"')
             # With keys of its own, and on some servers always, the ETag is no MD5; then the server's check must do.
             is_digest = len(etag) == 2 * len(self.digest) and "SSEKMSKeyId" not in response
             differs = is_digest and etag != self.digest.hex()
