@@ -24,14 +24,12 @@ from workers import catalog
 from workers.app import app
 from workers.catalog import Kind, Run, Step
 from workers.component import Part, Restore, check_options
-from workers.errors import BackupError, ComparisonError, NotConfirmed, Permanent, RuntimeUnavailable
-from workers.health import wait_until_healthy
+from workers.errors import NotConfirmed, Permanent, RuntimeUnavailable
 from workers.hosts import CONTROL, queue_of
 from workers.locks import Lease
 from workers.progress import Progress
-from workers.runtime import open_service, sweep
-from workers.sections import ServiceSettings
-from workers.settings import Settings, get_settings
+from workers.runtime import sweep
+from workers.settings import get_settings
 from workers.storage import Store, open_store
 
 
@@ -176,25 +174,6 @@ def restore_step(
     return perform(self, name, work)
 
 
-@app.task(bind=True, name="tasks.restore.control_services")
-def control_services(self: Task[Any, Any], run_id: str, names: Sequence[str], action: str) -> dict[str, Any]:
-    """``stop``, ``start`` or check the ``health`` of services of one host, in the order given.
-
-    ``look`` asks each once and returns the names of those that are ``ill``.
-    """
-    settings = get_settings()
-    services = {service.name: service for service in settings.services}
-
-    def work(_lease: Lease) -> dict[str, Any]:
-        if action == "look":
-            return {"ill": [name for name in names if _is_ill(services[name])]}
-        for name in names:
-            _control(services[name], action, settings)
-        return {}
-
-    return perform(self, f"services-{run_id}-{'-'.join(names)}", work)
-
-
 @app.task(bind=True, name="tasks.restore.recreate_component")
 def recreate_component(self: Task[Any, Any], name: str) -> dict[str, Any]:
     """Start where the component lives, creating its container when there is none."""
@@ -204,29 +183,6 @@ def recreate_component(self: Task[Any, Any], name: str) -> dict[str, Any]:
         return {}
 
     return perform(self, name, work)
-
-
-def _control(service: ServiceSettings, action: str, settings: Settings) -> None:
-    try:
-        if action == "health":
-            if service.health:
-                wait_until_healthy(str(service.health), seconds=settings.limits.health)
-        elif action == "stop":
-            open_service(service).stop()
-        else:
-            open_service(service).start()
-    except BackupError as error:
-        kind = ComparisonError if action == "health" else Permanent
-        raise kind(f"service {service.name}: {error}") from error
-
-
-def _is_ill(service: ServiceSettings) -> bool:
-    try:
-        if service.health:
-            wait_until_healthy(str(service.health), seconds=0)
-    except ComparisonError:
-        return True
-    return False
 
 
 def _store(table: str) -> Store:
@@ -312,7 +268,7 @@ class RestoreWorkflow:
                 action = "stop" if action == "stop" else "start"
         if action == "start":
             groups = [(host, names[::-1]) for host, names in groups]
-        task = "tasks.restore.control_services"
+        task = "tasks.services.control_services"
         return [
             Work(
                 "+".join(names),

@@ -28,6 +28,7 @@ TASK_MODULES = (
     "tasks.restore",
     "tasks.runs",
     "tasks.schedule",
+    "tasks.services",
     "tasks.wal",
     "tasks.watchdog",
 )

@@ -136,7 +136,7 @@ def seen(scene: Rehearsal, secrets: dict[str, bytes]) -> dict[str, bytes]:
     lines = watch.command_lines
     assert all(any(word in line for line in lines) for word in (b"pg_dump", b"pg_restore", b"redis"))
     assert any("task-progress" in event for event in watch.events)
-    assert any("tasks.restore.control_services" in answer for answer in watch.answers)
+    assert any("tasks.services.control_services" in answer for answer in watch.answers)
     texts["command lines"] = b"\n".join(lines)
     texts["events"] = "\n".join(watch.events).encode()
     texts["workers' answers"] = "\n".join(watch.answers).encode()
