@@ -169,7 +169,7 @@ def restore_step(
                     "settle": component.settle,
                 }[action](restore)
             lease.check()
-        return {}
+        return {"warnings": restore.warnings} if restore.warnings else {}
 
     return perform(self, name, work)
 
@@ -321,6 +321,10 @@ class RestoreWorkflow:
 
 def _note(run: Run, phase: str, steps: Sequence[Step]) -> bool:
     failed = [f"{phase} {step.name}: {step.error}" for step in steps if step.error]
+    if warnings := [line for step in steps for line in (step.result or {}).get("warnings", [])]:
+        catalog.note(
+            run.id, outcome={"warnings": [*catalog.get_run(run.id).outcome.get("warnings", []), *warnings]}
+        )
     if failed:
         catalog.note(run.id, cause="; ".join(failed))
         if phase.startswith("abort-"):

@@ -128,7 +128,9 @@ def backed_up(component: BaseComponent) -> tuple[Part, bytes]:
     return part, plain
 
 
-def restoring(part: Part, plain: bytes, *, run_id: str = "run1", chunk: int = 10_000) -> Restore:
+def restoring(
+    part: Part, plain: bytes, *, run_id: str = "run1", chunk: int = 10_000, **options: Any
+) -> Restore:
     """Return the restore of a part kept in memory."""
 
     def read(_part: Part) -> Iterator[bytes]:
@@ -136,7 +138,7 @@ def restoring(part: Part, plain: bytes, *, run_id: str = "run1", chunk: int = 10
             yield plain[start : start + chunk]
 
     reader: Callable[[Part], Iterator[bytes]] = read
-    return Restore(run_id, [part], reader)
+    return Restore(run_id, [part], reader, options)
 
 
 def leftovers(folder: Path) -> list[str]:

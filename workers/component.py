@@ -107,6 +107,8 @@ class Restore:
     """What `BaseComponent.restore_options` validates."""
     store: Store | None = None
     """Where the archive lies, for what a restore needs beside its parts: WAL segments."""
+    warnings: list[str] = field(default_factory=list)
+    """What could not be restored, without being a reason to fail: the run's record says it."""
 
 
 class BaseComponent(Location):

@@ -8,9 +8,10 @@ from __future__ import annotations
 import hashlib
 import posixpath
 import tarfile
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 
 from workers.errors import IntegrityError
+from workers.sparse_digest import ContentDigest
 from workers.tar_format import (
     BLOCK,
     HEADER_LIMIT,
@@ -26,7 +27,8 @@ from workers.tar_format import (
 )
 
 END = bytes(BLOCK)
-ZEROS = bytes(1 << 20)
+VERSION = 2
+"""How digests are made now; archives that say nothing were made with version 1."""
 PLAIN = REGULAR | {tarfile.DIRTYPE, tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.FIFOTYPE}
 LONG = {tarfile.GNUTYPE_LONGNAME: b"path", tarfile.GNUTYPE_LONGLINK: b"linkpath"}
 EXTENDED = {*LONG, tarfile.XHDTYPE, tarfile.XGLTYPE}
@@ -36,20 +38,30 @@ class TreeDigest:
     """Counts and digests the tree in the tar stream that passes ``through`` it, and refuses what is unsafe.
 
     ``sha256`` is that of a set: it does not depend on the order of the entries, nor on the tar format, nor on how
-    sparse files are stored. It covers names, types, modes, numeric owners, times in whole seconds, link targets and
-    contents; ``unowned_sha256`` the same without owners, for where they cannot be restored. Of a hard-linked file
-    the first name holds the content, so two readings compare when both are in the same order.
+    sparse files are stored. It covers names, types, modes, numeric owners, times in whole seconds, link targets,
+    contents, extended attributes and ACLs; `sha256_of` leaves out what cannot be restored everywhere. Of a hard-linked
+    file the first name holds the content, so two readings compare when both are in the same order. ``version`` 1, of
+    archives made before, knows no extended attributes and digests every zero of a hole.
 
     Memory stays flat: the names of symbolic links are kept, and with ``listing`` those of all files.
     """
 
     def __init__(
-        self, *, outward_links: int | None = None, listing: bool = False, keep: Collection[str] = ()
+        self,
+        *,
+        outward_links: int | None = None,
+        listing: bool = False,
+        keep: Collection[str] = (),
+        version: int = VERSION,
+        see: Callable[[Member], None] | None = None,
     ) -> None:
         """Refuse more than ``outward_links`` symbolic links that point out of the tree; ``None`` only counts them.
 
-        ``keep`` names (small) files whose contents are kept.
+        ``keep`` names (small) files whose contents are kept; ``see`` is called with each member that was found safe.
         """
+        self.version = version
+        self.attributes = 0
+        """How many entries have extended attributes or an ACL."""
         self.entries = self.files = self.bytes = self.largest = self.outward_links = 0
         self.contents: dict[str, str] = {}
         """With ``listing``: the SHA-256 of each file's content, and ``-> target`` of each link, by name."""
@@ -57,18 +69,19 @@ class TreeDigest:
         """With ``listing``: the mode of each file, as four octal digits."""
         self.kept: dict[str, bytes] = {}
         """The contents of the files to ``keep``, by name."""
-        self._listing, self._allowed, self._keep = listing, outward_links, keep
-        self._sum = self._unowned_sum = 0
+        self._listing, self._allowed, self._keep, self._see = listing, outward_links, keep, see
+        self._old_sum = self._sum = self._owners_sum = self._attributes_sum = 0
         self._links: set[bytes] = set()
         self._ended = False
 
     @property
     def sha256(self) -> str:
-        return f"{self._sum:064x}"
+        return f"{self._old_sum:064x}" if self.version == 1 else self.sha256_of()
 
-    @property
-    def unowned_sha256(self) -> str:
-        return f"{self._unowned_sum:064x}"
+    def sha256_of(self, *, owners: bool = True, attributes: bool = True) -> str:
+        """Return the digest, as of version 2, with or without numeric owners, extended attributes and ACLs."""
+        sums = [self._sum, self._owners_sum if owners else 0, self._attributes_sum if attributes else 0]
+        return hashlib.sha256(b"".join(total.to_bytes(32, "big") for total in sums)).hexdigest()
 
     def through(self, chunks: Iterable[bytes]) -> Iterator[bytes]:
         """Yield ``chunks`` unchanged, each after all that is in it was checked.
@@ -122,7 +135,9 @@ class TreeDigest:
         if sparse and extras.get(b"GNU.sparse.major") != b"1":
             raise IntegrityError(f"{member.shown}: sparse files are read in PAX format 1.0 only")
         self._check(member)
-        content = hashlib.sha256()
+        if self._see is not None:
+            self._see(member)
+        content = ContentDigest(self.version)
         kept: list[bytes] | None = [] if member.shown in self._keep else None
         left, regions = member.stored, [(0, member.stored)]
         if sparse:
@@ -132,17 +147,17 @@ class TreeDigest:
         for offset, length in regions:
             if offset < position or length > left or offset + length > real:
                 raise IntegrityError(f"{member.shown}: the map of this sparse file is damaged")
-            _zeros(content, offset - position)
+            content.zeros(offset - position)
             left -= length
             position = offset + length
             left_here = length
             while left_here:
                 piece = yield left_here
-                content.update(piece)
+                content.data(piece)
                 if kept is not None:
                     kept.append(bytes(piece))
                 left_here -= len(piece)
-        _zeros(content, real - position)
+        content.zeros(real - position)
         yield from exactly(left + -member.stored % BLOCK)
         if kept is not None:
             self.kept[member.shown] = b"".join(kept)
@@ -194,19 +209,21 @@ class TreeDigest:
         kind = tarfile.REGTYPE if regular else member.type
         if kind == tarfile.LNKTYPE:  # all else it shares with the name that it links to
             described, owner = [member.name, kind, member.link], b""
+            attributes: tuple[tuple[bytes, bytes], ...] = ()
         else:
             mode = 0 if kind == tarfile.SYMTYPE else member.mode & 0o7777
             numbers = b"%o %d %d" % (mode, member.mtime, size)
             described = [member.name, kind, numbers, member.link, content.encode()]
-            owner = b"%d %d" % (member.uid, member.gid)
-        self._unowned_sum = _plus(self._unowned_sum, b"\0".join(described))
-        self._sum = _plus(self._sum, b"\0".join([*described, owner]))
+            owner, attributes = b"%d %d" % (member.uid, member.gid), member.attributes
+        if self.version == 1:
+            self._old_sum = _plus(self._old_sum, [*described, owner])
+        self._sum = _plus(self._sum, described)
+        self._owners_sum = _plus(self._owners_sum, [member.name, owner])
+        if attributes:
+            self.attributes += 1
+            pairs = [part for key, value in attributes for part in (key, b"%d" % len(value), value)]
+            self._attributes_sum = _plus(self._attributes_sum, [member.name, *pairs])
 
 
-def _zeros(content: hashlib._Hash, size: int) -> None:
-    for start in range(0, size, len(ZEROS)):
-        content.update(ZEROS[: min(len(ZEROS), size - start)])
-
-
-def _plus(total: int, entry: bytes) -> int:
-    return (total + int.from_bytes(hashlib.sha256(entry).digest(), "big")) % (1 << 256)
+def _plus(total: int, entry: list[bytes]) -> int:
+    return (total + int.from_bytes(hashlib.sha256(b"\0".join(entry)).digest(), "big")) % (1 << 256)

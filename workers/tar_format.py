@@ -12,7 +12,6 @@ BLOCK = 512
 HEADER_LIMIT = 1 << 24
 """Bytes that an extended header, a long name or the map of a sparse file may have; more is an attack."""
 REGULAR = frozenset((tarfile.REGTYPE, tarfile.AREGTYPE, tarfile.CONTTYPE))
-
 Pieces = Generator[int, memoryview, None]
 """A parser: yields how many bytes it wants at most and is sent at least one of them."""
 Read = Generator[int, memoryview, bytes]
@@ -34,6 +33,8 @@ class Member:
     stored: int
     """Bytes of its body in the archive; a sparse file has more itself."""
     link: bytes
+    attributes: tuple[tuple[bytes, bytes], ...] = ()
+    """Extended attributes and ACLs that say more than the mode does, as GNU tar names them, sorted."""
 
     @property
     def shown(self) -> str:
@@ -80,6 +81,16 @@ def describe(header: tarfile.TarInfo, extras: Extras) -> Member:
         mtime=_floor(extras[b"mtime"]) if b"mtime" in extras else int(header.mtime),
         stored=stored if kind in REGULAR else 0,
         link=_tidy(link) if kind == tarfile.LNKTYPE else link if kind == tarfile.SYMTYPE else b"",
+        attributes=tuple(
+            sorted(
+                (key, value)
+                for key, value in extras.items()
+                # An access ACL of three entries is the mode again.
+                if key.startswith(b"SCHILY.xattr.")
+                or (key == b"SCHILY.acl.access" and len(value.split()) > 3)
+                or (key == b"SCHILY.acl.default" and value.strip())
+            )
+        ),
     )
 
 

@@ -4,35 +4,29 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import PurePosixPath
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
-from pydantic import AfterValidator, Field
+from pydantic import Field
 
-from tasks.components.files import WARNINGS, AbsolutePath
+from tasks.components.files import WARNINGS
+from tasks.components.foreign import describe_foreign
+from tasks.components.tree_options import AbsolutePath, RelativePath, TreeRestoreOptions
 from tasks.components.trees import (
     OURS,
     Tree,
     by_hand,
+    check_part,
     content_sha256,
     describe,
     only,
     present,
+    rehearse,
     would_overwrite,
 )
-from workers.component import NO_OPTIONS, BaseComponent, Part, Restore, Source
+from workers.component import NO_OPTIONS, BaseComponent, Options, Part, Restore, Source
 from workers.errors import Permanent
 from workers.tar import TreeDigest
-
-
-def relative(path: str) -> str:
-    """Return ``path`` when it is relative and stays below. Raises ``ValueError``."""
-    pure = PurePosixPath(path)
-    if pure.is_absolute() or not pure.name or ".." in pure.parts or not path.isprintable():
-        raise ValueError(f"expected a printable relative path without '..': {path!r}")
-    return str(pure)
-
-
-RelativePath = Annotated[str, AfterValidator(relative)]
+from workers.tar_selection import Selection
 
 
 class Component(BaseComponent):
@@ -40,6 +34,7 @@ class Component(BaseComponent):
 
     metadata_key: ClassVar[str] = "config"
     days_kept: ClassVar[float | None] = None
+    restore_options: ClassVar[type[Options]] = TreeRestoreOptions
     watched: ClassVar[bool] = True
 
     kind: Literal["config"]
@@ -68,19 +63,33 @@ class Component(BaseComponent):
 
     def overwrites(self, parts: Sequence[Part], options: Mapping[str, Any] = NO_OPTIONS) -> list[str]:
         part = only(parts)
+        asked = TreeRestoreOptions.model_validate(dict(options))
         root = PurePosixPath(self.root)
-        lines = [
-            would_overwrite(self.runtime, [root / path for path in part.holds["paths"]], part, self.root)
-        ]
-        now = present(self.runtime, root, part.holds["missing"]) if lines else []
+        if asked.into is not None:
+            return [f"nothing: {asked.path or 'all of it'} is put into {asked.into}"]
+        if asked.path is not None:
+            when = f"{part.started:%Y-%m-%d %H:%M:%S} UTC"
+            return [f"{root / asked.path}: replaced by what the backup of {when} holds of it"]
+        # Of a tar that we did not make, only reading it tells what it holds.
+        names = part.holds.get("paths") or self.paths
+        lines = [would_overwrite(self.runtime, [root / path for path in names], part, self.root)]
+        now = present(self.runtime, root, part.holds.get("missing", []))
         return lines + [f"{root / path}: removed, as it was not there at the backup" for path in now]
 
     def by_hand(self, parts: Sequence[Part]) -> str:
         part = only(parts)
-        return by_hand(part, PurePosixPath(self.root), part.holds["contents"], container=self.container)
+        return by_hand(
+            part, PurePosixPath(self.root), part.holds.get("contents", self.paths), container=self.container
+        )
 
     def stage(self, restore: Restore) -> None:
-        self._tree(restore).stage(restore)
+        self._tree(restore, selected=True).stage(restore)
+
+    def check(self, part: Part, chunks: Iterator[bytes]) -> None:
+        check_part(part, chunks)
+
+    def rehearse(self, restore: Restore) -> dict[str, Any]:
+        return rehearse(restore, self.name)
 
     def swap(self, restore: Restore) -> None:
         self._tree(restore).swap(restore)
@@ -118,6 +127,17 @@ class Component(BaseComponent):
             "content_sha256": content_sha256(digest),
         }
 
-    def _tree(self, restore: Restore) -> Tree:
-        entries = tuple(only(restore.parts).holds["paths"])
-        return Tree(self.runtime, self.name, PurePosixPath(self.root), entries=entries)
+    def _tree(self, restore: Restore, *, selected: bool = False) -> Tree:
+        part = only(restore.parts)
+        asked = TreeRestoreOptions.model_validate(dict(restore.options))
+        fresh = asked.into is not None
+        root = PurePosixPath(asked.into or self.root)
+        if asked.path is not None:
+            selection = Selection(asked.path) if selected else None
+            return Tree(
+                self.runtime, self.name, root, entries=(asked.path,), selection=selection, fresh=fresh
+            )
+        names = part.holds.get("paths") or describe_foreign(restore.read(part))["paths"]
+        if not names:
+            raise Permanent(f"{part.name} is no set of configuration files")
+        return Tree(self.runtime, self.name, root, entries=tuple(names), fresh=fresh)

@@ -6,13 +6,16 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import PurePosixPath
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import AfterValidator, Field
+from pydantic import Field
 
-from tasks.components.trees import OURS, Tree, by_hand, describe, only, would_overwrite
-from workers.component import NO_OPTIONS, BaseComponent, Part, Restore, Source
+from tasks.components.foreign import describe_foreign, tree_for
+from tasks.components.tree_options import AbsolutePath, TreeRestoreOptions
+from tasks.components.trees import OURS, Tree, by_hand, check_part, describe, only, rehearse, would_overwrite
+from workers.component import NO_OPTIONS, BaseComponent, Options, Part, Restore, Source
 from workers.errors import Permanent
 from workers.runtime import run
 from workers.tar import TreeDigest
+from workers.tar_selection import Selection
 
 WARNINGS = 20
 """How many warnings a record holds; of more, the number."""
@@ -25,15 +28,6 @@ echo "$path"
 """Prints what is at a path, its bytes where `du` knows soon, and the path behind symbolic links (to the end)."""
 
 
-def absolute(path: str) -> str:
-    """Return ``path`` when it is absolute, and no root. Raises ``ValueError``."""
-    pure = PurePosixPath(path)
-    if not pure.is_absolute() or not pure.name or ".." in pure.parts or "\0" in path:
-        raise ValueError(f"expected an absolute path without '..': {path!r}")
-    return str(pure)
-
-
-AbsolutePath = Annotated[str, AfterValidator(absolute)]
 Mode = Annotated[str, Field(pattern=r"^[0-7]{3,4}$")]
 
 
@@ -41,6 +35,7 @@ class Component(BaseComponent):
     """The tree at ``path``; its part is a tar archive with the members ``<basename>/…``."""
 
     metadata_key: ClassVar[str] = "files"
+    restore_options: ClassVar[type[Options]] = TreeRestoreOptions
 
     kind: Literal["files"]
     path: AbsolutePath
@@ -59,14 +54,23 @@ class Component(BaseComponent):
         return [Source(self.path, f"{self.name}.tar", "tree", chunks, size, holds)]
 
     def overwrites(self, parts: Sequence[Part], options: Mapping[str, Any] = NO_OPTIONS) -> list[str]:
-        lines = [would_overwrite(self.runtime, [PurePosixPath(self.path)], only(parts), self.path)]
+        asked = TreeRestoreOptions.model_validate(dict(options))
+        part = only(parts)
+        if asked.into is not None:
+            return [f"nothing: {asked.path or self._base(part)} is put into {asked.into}"]
+        if asked.path is not None:
+            path = PurePosixPath(self.path) / self._below(part, asked.path)
+            return [
+                f"{path}: replaced by what the backup of {part.started:%Y-%m-%d %H:%M:%S} UTC holds of it"
+            ]
+        lines = [would_overwrite(self.runtime, [PurePosixPath(self.path)], part, self.path)]
         if self.exclude:
             lines.append(f"{self.path}: what the backup excludes is removed ({', '.join(self.exclude)})")
         return lines
 
     def by_hand(self, parts: Sequence[Part]) -> str:
         part = only(parts)
-        return by_hand(part, PurePosixPath(self.path).parent, [part.holds["base"]], container=self.container)
+        return by_hand(part, PurePosixPath(self.path).parent, [self._base(part)], container=self.container)
 
     def stage(self, restore: Restore) -> None:
         modes = [["chown", "-hR", self.owner]] if self.owner else []
@@ -74,7 +78,13 @@ class Component(BaseComponent):
             if mode:
                 # find's own arguments come after the path, which is added last.
                 modes.append(["sh", "-c", f'find "$0" -type {kind} -exec chmod {mode} {{}} +'])
-        self._tree(restore).stage(restore, modes=modes)
+        self._tree(restore, self._selection(restore)).stage(restore, modes=modes)
+
+    def check(self, part: Part, chunks: Iterator[bytes]) -> None:
+        check_part(part, chunks)
+
+    def rehearse(self, restore: Restore) -> dict[str, Any]:
+        return rehearse(restore, self.name)
 
     def swap(self, restore: Restore) -> None:
         self._tree(restore).swap(restore)
@@ -106,16 +116,42 @@ class Component(BaseComponent):
             warnings[WARNINGS:] = [f"and {len(warnings) - WARNINGS} more"]
         holds |= describe(digest, warnings)
 
-    def _tree(self, restore: Restore) -> Tree:
-        holds = only(restore.parts).holds
+    def _tree(self, restore: Restore, selection: Selection | None = None) -> Tree:
+        part = only(restore.parts)
+        asked = TreeRestoreOptions.model_validate(dict(restore.options))
+        base = self._base(part)
+        below = self._below(part, asked.path) if asked.path is not None else ""
+        if asked.into is not None:
+            into, entries = PurePosixPath(asked.into), (f"{base}/{below}" if below else base,)
+            return Tree(self.runtime, self.name, into, entries=entries, selection=selection, fresh=True)
         path = self._resolved()
-        if holds["type"] == "folder":
-            return Tree(self.runtime, self.name, path, base=holds["base"])
-        if path.name != holds["base"]:
-            raise Permanent(
-                f"{self.path}: the backup holds the file {holds['base']}, and restores to no other name"
-            )
-        return Tree(self.runtime, self.name, path.parent, entries=(path.name,))
+        if part.holds.get("type", "folder") == "folder":
+            inside = (below,) if below else ()
+            return Tree(self.runtime, self.name, path, entries=inside, base=base, selection=selection)
+        if path.name != base:
+            raise Permanent(f"{self.path}: the backup holds the file {base}, and restores to no other name")
+        return Tree(self.runtime, self.name, path.parent, entries=(base,))
+
+    def _base(self, part: Part) -> str:
+        """Return the name of the tree in what is restored; a tar that we did not make is renamed to the path's."""
+        return str(part.holds.get("base", PurePosixPath(self.path).name))
+
+    def _below(self, part: Part, path: str) -> str:
+        base = self._base(part)
+        if part.holds.get("type", "folder") != "folder" or not path.startswith(f"{base}/"):
+            raise Permanent(f"path: the backup holds {base}; name what is in it, {base}/…, or nothing")
+        return path.removeprefix(f"{base}/")
+
+    def _selection(self, restore: Restore) -> Selection | None:
+        """Return what of the part is restored, ``None`` for all of it."""
+        part = only(restore.parts)
+        path = TreeRestoreOptions.model_validate(dict(restore.options)).path
+        if "base" in part.holds:
+            return Selection(path) if path is not None else None
+        holds = part.holds if "trees" in part.holds else describe_foreign(restore.read(part))
+        base, tree = self._base(part), tree_for(PurePosixPath(self.path).name, holds)
+        below = f"/{self._below(part, path)}" if path is not None else ""
+        return Selection(tree + below, base + below)
 
     def _resolved(self) -> PurePosixPath:
         """Return where the tree is, or is to be, behind symbolic links."""

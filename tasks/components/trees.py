@@ -5,15 +5,20 @@ from __future__ import annotations
 import hashlib
 import json
 import shlex
-from collections.abc import Iterable, Sequence
+import shutil
+import tempfile
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from workers.component import Part, Restore, part_name, plain_command
 from workers.errors import ComparisonError, IntegrityError, Permanent
-from workers.runtime import Runtime, run
+from workers.location import Location
+from workers.runtime import Runtime, open_runtime, run
 from workers.tar import TreeDigest
+from workers.tar_format import Member
+from workers.tar_selection import Selection
 
 SCRIPT = Path(__file__).with_suffix(".sh").read_text()
 OURS = ".ai-micro-backup-*"
@@ -41,6 +46,10 @@ class Tree:
     """Names relative to ``root``. None: everything in it, and the folder's own mode, owner and time."""
     base: str = ""
     """The folder of the archive that holds the entries; of a whole ``root``, the name it had."""
+    selection: Selection | None = None
+    """What of the archive is restored, where it is not all of it."""
+    fresh: bool = False
+    """Whether ``root`` must be missing or empty before."""
 
     def prepare(self, restore: Restore) -> bool:
         """Make the staging folder, and ``root`` where there is none; return whether the data is staged already."""
@@ -60,13 +69,29 @@ class Tree:
         if self.prepare(restore):
             return
         new = self.staging(restore) / "new"
-        unpacked = TreeDigest(outward_links=part.holds.get("outward_links", 0))
-        self.runtime.write_tree(new, unpacked.through(restore.read(part)))
-        if unpacked.sha256 != part.holds["tree_sha256"]:
-            raise IntegrityError(f"{part.name} does not hold the tree that was recorded")
-        self._compare(new, unpacked, part.name)
+        chunks = restore.read(part)
+        if self.selection is not None:
+            check_part(part, chunks, see=self.selection.see)
+            if not self.selection.found:
+                raise Permanent(
+                    f"{part.name} holds no {self.selection.path.decode(errors='backslashreplace')}"
+                )
+            chunks = self.selection.pick(restore.read(part))
+        unpacked = _digest_for(part)
+        self.runtime.write_tree(new, unpacked.through(chunks))
+        if self.selection is None:
+            _check_recorded(part, unpacked)
+        if self.base and not self.entries:
+            names = [self.base]
+        else:
+            below = new / self.base if self.base else new
+            names = [
+                f"{self.base}/{name}" if self.base else name
+                for name in present(self.runtime, below, self.entries)
+            ]
+        restore.warnings.extend(compare(self.runtime, new, names, unpacked, part.name))
         for command in modes:
-            for name in [self.base] if self.base else self.entries:
+            for name in names:
                 run(self.runtime, ["sh", "-c", '[ ! -e "$0" ] || "$@" "$0"', str(new / name), *command])
         self._step("staged", restore)
 
@@ -82,28 +107,107 @@ class Tree:
         """Remove what stood, once what is in place is safe on disk; refuse when it is not in place."""
         self._step("settle", restore)
 
-    def _compare(self, new: PurePosixPath, unpacked: TreeDigest, name: str) -> None:
-        read_back = TreeDigest()
-        if self.base:
-            chunks = self.runtime.read_tree(new / self.base)
-        else:
-            chunks = self.runtime.read_tree(new, members=present(self.runtime, new, self.entries))
-        for _ in read_back.through(chunks):
-            pass
-        if read_back.sha256 == unpacked.sha256:
-            return
-        owners = read_back.unowned_sha256 == unpacked.unowned_sha256
-        if owners and run(self.runtime, ["id", "-u"]).strip() != b"0":
-            return  # only root can give files away
-        raise ComparisonError(
-            f"{name}: {_amount(read_back)} were restored of {_amount(unpacked)}"
-            + (", with other owners" if owners else "; names, modes, owners, times or contents differ")
-        )
-
     def _step(self, step: str, restore: Restore) -> bytes:
         place = [str(self.root), str(self.staging(restore)), self.base]
         argv = ["sh", "-c", SCRIPT, "trees", step, *place, *self.entries]
-        return run(self.runtime, argv, env={"LC_ALL": "C"})
+        return run(self.runtime, argv, env={"LC_ALL": "C", "FRESH": "yes" if self.fresh else ""})
+
+
+def check_part(part: Part, chunks: Iterable[bytes], *, see: Callable[[Member], None] | None = None) -> None:
+    """Read the plain ``chunks`` of a part to their end.
+
+    Raises ``IntegrityError`` when they are no safe tar archive, or not of the tree that the part's record says.
+    """
+    digest = _digest_for(part, see=see)
+    for _ in digest.through(chunks):
+        pass
+    _check_recorded(part, digest)
+
+
+def compare(
+    runtime: Runtime, folder: PurePosixPath, names: Sequence[str], unpacked: TreeDigest, part: str
+) -> list[str]:
+    """Read back what was unpacked as ``names`` below ``folder``, and return what could not be kept there.
+
+    Owners are lost where this is not done by root, extended attributes and ACLs where the file system, or the tar of
+    a container, does not know them. Raises ``ComparisonError`` for all other differences.
+    """
+    read_back = TreeDigest(version=unpacked.version)
+    for _ in read_back.through(runtime.read_tree(folder, members=names)):
+        pass
+    if read_back.sha256_of() == unpacked.sha256_of():
+        return []
+    owned = read_back.sha256_of(attributes=False) == unpacked.sha256_of(attributes=False)
+    kept = read_back.sha256_of(owners=False) == unpacked.sha256_of(owners=False)
+    same = read_back.sha256_of(owners=False, attributes=False) == unpacked.sha256_of(
+        owners=False, attributes=False
+    )
+    only_root_gives_away = owned or run(runtime, ["id", "-u"]).strip() != b"0"
+    if same and only_root_gives_away and (kept or read_back.attributes < unpacked.attributes):
+        lost = unpacked.attributes - read_back.attributes
+        return [] if kept else [f"{part}: extended attributes or ACLs of {lost} entries cannot be kept there"]
+    raise ComparisonError(
+        f"{part}: {_amount(read_back)} were restored of {_amount(unpacked)}"
+        + (
+            ", with other owners"
+            if kept and not owned
+            else "; names, modes, owners, times, attributes or contents differ"
+        )
+    )
+
+
+def rehearse(restore: Restore, component: str) -> dict[str, Any]:
+    """Unpack the one part into a scratch folder of this host, read it back, compare it, and remove it again.
+
+    The folder is below ``TMPDIR``, so that nothing of what is live, nor its file system, is touched. Returns what was
+    compared. Raises ``Permanent`` when there is no room, ``IntegrityError`` or ``ComparisonError``.
+    """
+    part = only(restore.parts)
+    scratch = Path(tempfile.gettempdir())
+    runtime = open_runtime(Location(), component=component)
+    for left in scratch.glob(f"ai-micro-backup-rehearsal-{component}-*"):
+        _remove(runtime, left)
+    needed, free = part.plain_size + part.plain_size // 20, shutil.disk_usage(scratch).free
+    if needed > free:
+        raise Permanent(
+            f"{scratch} has room for {free:,} bytes, but {part.name} needs {needed:,}; TMPDIR names another"
+        )
+    folder = Path(tempfile.mkdtemp(prefix=f"ai-micro-backup-rehearsal-{component}-"))
+    try:
+        tops = set[str]()
+        unpacked = _digest_for(part, see=lambda member: tops.add(_top(member)))
+        runtime.write_tree(PurePosixPath(folder), unpacked.through(restore.read(part)))
+        _check_recorded(part, unpacked)
+        warnings = compare(runtime, PurePosixPath(folder), sorted(tops), unpacked, part.name)
+    finally:
+        _remove(runtime, folder)
+    return {
+        "entries": unpacked.entries,
+        "files": unpacked.files,
+        "bytes": unpacked.bytes,
+        "warnings": warnings,
+    }
+
+
+def _top(member: Member) -> str:
+    return member.name.split(b"/")[0].decode(errors="surrogateescape")
+
+
+def _remove(runtime: Runtime, folder: Path) -> None:
+    # Folders whose owner may not write in them do not let go of their entries.
+    script = 'rm -rf "$1" 2>/dev/null || { chmod -R u+rwx "$1"; rm -rf "$1"; }'
+    run(runtime, ["sh", "-c", script, "sh", str(folder)])
+
+
+def _digest_for(part: Part, *, see: Callable[[Member], None] | None = None) -> TreeDigest:
+    version = part.holds.get("digest_version", 1) if "tree_sha256" in part.holds else 2
+    return TreeDigest(outward_links=part.holds.get("outward_links"), version=version, see=see)
+
+
+def _check_recorded(part: Part, digest: TreeDigest) -> None:
+    recorded = part.holds.get("tree_sha256")
+    if recorded is not None and digest.sha256 != recorded:
+        raise IntegrityError(f"{part.name} does not hold the tree that was recorded")
 
 
 def only(parts: Sequence[Part]) -> Part:
@@ -127,7 +231,9 @@ def describe(digest: TreeDigest, warnings: Sequence[str]) -> dict[str, Any]:
         "bytes": digest.bytes,
         "entries": digest.entries,
         "outward_links": digest.outward_links,
+        "attributes": digest.attributes,
         "tree_sha256": digest.sha256,
+        "digest_version": digest.version,
         "warnings": list(warnings),
     }
 
@@ -147,7 +253,10 @@ def would_overwrite(runtime: Runtime, paths: Sequence[PurePosixPath], part: Part
             count, size = count + int(words[0]), size + int(words[1])
     now = f"{count} entries, {size:,} bytes" if count or size else "nothing there"
     holds = part.holds
-    return f"{where}: {now} → {holds['files']} files, {holds['bytes']:,} bytes of {part.started:%Y-%m-%d %H:%M:%S} UTC"
+    amount = (
+        f"{holds['files']} files, {holds['bytes']:,} bytes" if "files" in holds else "what the backup holds"
+    )
+    return f"{where}: {now} → {amount} of {part.started:%Y-%m-%d %H:%M:%S} UTC"
 
 
 def by_hand(part: Part, folder: PurePosixPath, names: Iterable[str], *, container: str | None) -> str:

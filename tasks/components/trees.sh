@@ -87,6 +87,28 @@ drop_staging() { # NOTE: with the attributes that ROOT is to have, or none
   if [ -n "$wanted" ]; then apply_attributes "$root" "$wanted"; fi
 }
 
+mounted_in() { # PATH: the first mount point at or below it
+  [ -r /proc/self/mountinfo ] || return 0
+  while read -r _ _ _ _ point _; do
+    case $point in *\\*) point=$(printf '%b.' "$(printf %s "$point" | sed 's/\\/\\0/g')") && point=${point%.} ;; esac
+    case $point in "$1" | "$1"/*) printf %s "$point" && return ;; esac
+  done </proc/self/mountinfo
+}
+refuse_mounts() { # what is mounted can neither be renamed nor kept
+  if [ $# = 0 ]; then set -- .; fi
+  for entry; do
+    if [ "$entry" = . ]; then
+      for_each_in "$root" refuse_mount
+    else
+      refuse_mount "$entry"
+    fi
+  done
+}
+refuse_mount() {
+  point=$(mounted_in "$root/$1")
+  [ -z "$point" ] || fail "$point is mounted inside what would be replaced: restore what is beside it by its path, or into another folder"
+}
+
 prepare() {
   if [ -d "$staging" ]; then
     if done_with staged; then
@@ -100,6 +122,8 @@ prepare() {
       ! there "$level" || fail "$level is no folder"
       made=$((made + 1)) level=$(dirname "$level")
     done
+    [ -z "${FRESH:-}" ] || [ ! -d "$root" ] || [ -z "$(ls -A "$root")" ] || fail "$root is not empty"
+    refuse_mounts "$@"
     mkdir -p "$root"
     before=$(attributes "$root")
     mkdir -m 700 "$staging"
@@ -209,7 +233,7 @@ from_old() {
 }
 
 case $step in
-prepare) prepare ;;
+prepare) prepare "$@" ;;
 staged) finish_stage "$@" ;;
 swap)
   done_with staged || fail "nothing is staged in $staging"

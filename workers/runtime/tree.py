@@ -4,23 +4,28 @@ from __future__ import annotations
 
 import fnmatch
 import tarfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import PurePosixPath
 
 from workers.errors import CommandFailed, RuntimeUnavailable
-from workers.tar_format import BLOCK, Extras, describe, read_header, read_pax
+from workers.tar_format import BLOCK, Extras, Member, describe, read_header, read_pax
+
+Names = tuple[bytes, bytes]
+"""A member's name and its link target."""
 
 FOLDED = {tarfile.GNUTYPE_LONGNAME: b"path", tarfile.GNUTYPE_LONGLINK: b"linkpath"}
 SOME_FILES_DIFFER = 1
 """GNU tar's status when files changed, shrank or vanished while it read them; 2 for all else."""
 ENVIRONMENT = {"LC_ALL": "C"}
+ATTRIBUTES = ["--xattrs", "--xattrs-include=user.*", "--xattrs-include=security.capability", "--acls"]
+"""What GNU tar keeps beside modes. Labels of SELinux and the like belong to a host's policy, not to its data."""
 
 
 def pack(folder: PurePosixPath, names: Sequence[str], exclude: Sequence[str]) -> list[str]:
     """Return the GNU tar command that writes the entries ``names`` of ``folder`` to its stdout."""
     # Access and change times and tar's process id differ at each reading; equal trees shall give equal streams.
     pax = "--pax-option=exthdr.name=%d/PaxHeaders/%f,delete=atime,delete=ctime"
-    options = ["--create", "--format=posix", pax, "--sort=name", "--numeric-owner", "--sparse"]
+    options = ["--create", "--format=posix", pax, "--sort=name", "--numeric-owner", "--sparse", *ATTRIBUTES]
     excludes = [f"--exclude={pattern}" for pattern in exclude]
     # "./" before the names: one may start with a dash, and tar would take it for an option. The empty list of files
     # makes tar write an empty archive when there are no names, too.
@@ -31,7 +36,7 @@ def pack(folder: PurePosixPath, names: Sequence[str], exclude: Sequence[str]) ->
 def unpack(folder: PurePosixPath, *, owners: bool) -> list[str]:
     """Return the GNU tar command that unpacks its stdin below ``folder``."""
     owner = "--same-owner" if owners else "--no-same-owner"
-    options = ["--extract", "--numeric-owner", "--preserve-permissions", owner]
+    options = ["--extract", "--numeric-owner", "--preserve-permissions", owner, *ATTRIBUTES]
     return ["tar", *options, "--directory", str(folder)]
 
 
@@ -56,7 +61,23 @@ def edit(archives: Iterable[tuple[str, Iterable[bytes]]], exclude: Sequence[str]
     stream in good order, when a file shrinks while it is read.
     """
     for prefix, chunks in archives:
-        yield from _edit(_Source(chunks), prefix.encode(errors="surrogateescape"), exclude)
+        before = prefix.encode(errors="surrogateescape")
+
+        def renamed(member: Member, before: bytes = before) -> Names | None:
+            if excluded(member.name.decode(errors="surrogateescape"), exclude):
+                return None
+            return (
+                before + member.name,
+                before + member.link if member.type == tarfile.LNKTYPE else member.link,
+            )
+
+        yield from _rename(_Source(chunks), renamed)
+    yield bytes(2 * BLOCK)
+
+
+def rename(chunks: Iterable[bytes], renamed: Callable[[Member], Names | None]) -> Iterator[bytes]:
+    """Yield a tar stream whose members have the name and link target that ``renamed`` returns, without its ``None``."""
+    yield from _rename(_Source(chunks), renamed)
     yield bytes(2 * BLOCK)
 
 
@@ -68,7 +89,7 @@ def excluded(name: str, exclude: Sequence[str]) -> bool:
     return any(fnmatch.fnmatchcase(run, pattern) for pattern in exclude for run in runs)
 
 
-def _edit(source: _Source, prefix: bytes, exclude: Sequence[str]) -> Iterator[bytes]:
+def _rename(source: _Source, renamed: Callable[[Member], Names | None]) -> Iterator[bytes]:
     extras: Extras = {}
     while (block := source.take(BLOCK)) != bytes(BLOCK):
         header = read_header(block)
@@ -79,17 +100,21 @@ def _edit(source: _Source, prefix: bytes, exclude: Sequence[str]) -> Iterator[by
             else:
                 extras[FOLDED[header.type]] = body.split(b"\0", 1)[0]
             continue
+        if header.type == tarfile.XGLTYPE:  # a comment, as far as it concerns single members
+            source.take(-(-header.size // BLOCK) * BLOCK)
+            continue
         member = describe(header, extras)
-        kept = not excluded(member.name.decode(errors="surrogateescape"), exclude)
-        if prefix:
-            extras[b"path"] = prefix + member.name
-            if header.type == tarfile.LNKTYPE:
-                extras[b"linkpath"] = prefix + member.link
-        if kept:
+        names = renamed(member)
+        if names is not None:
+            name, link = names
+            if name != member.name:
+                extras[b"GNU.sparse.name" if b"GNU.sparse.name" in extras else b"path"] = name
+            if link != member.link:
+                extras[b"linkpath"] = link
             yield _extended(extras) + block
         extras = {}
         for piece in source.pieces(-(-member.stored // BLOCK) * BLOCK):
-            if kept:
+            if names is not None:
                 yield piece
     source.drain()
 

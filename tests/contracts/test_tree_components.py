@@ -1,0 +1,310 @@
+"""What a restore of files and configuration promises: for trees of every kind, here and in a container."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import shutil
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import docker
+import pytest
+from hypothesis import HealthCheck, given, settings
+
+from tasks.components import config, files
+from tests.contracts.conftest import IMAGE
+from tests.trees import TREES, backed_up, leftovers, look, make, restoring
+from workers.component import BaseComponent, Part, Restore
+from workers.errors import CommandFailed, ComparisonError, IntegrityError, Permanent
+from workers.runtime.process import ProcessRuntime
+
+
+def uploads(path: Path, **more: Any) -> files.Component:
+    values = {"name": f"uploads-{os.getpid()}", "kind": "files", "host": "here", "path": str(path), **more}
+    return files.Component.model_validate(values)
+
+
+def configured(root: Path, *paths: str, **more: Any) -> config.Component:
+    values = {
+        "name": f"config-{os.getpid()}",
+        "kind": "config",
+        "host": "here",
+        "root": str(root),
+        "paths": paths,
+    }
+    return config.Component.model_validate({**values, **more})
+
+
+def replace(component: BaseComponent, restore: Restore) -> None:
+    component.stage(restore)
+    component.swap(restore)
+    component.settle(restore)
+
+
+def attributes(root: Path) -> dict[str, dict[str, bytes]]:
+    """Return the extended attributes and ACLs of all that is below ``root``."""
+    found = {}
+    for path in sorted(root.rglob("*")):
+        names = os.listxattr(path, follow_symlinks=False)
+        found[str(path.relative_to(root))] = {
+            name: os.getxattr(path, name, follow_symlinks=False)
+            for name in names
+            if name != "security.selinux"
+        }
+    return found
+
+
+@pytest.fixture
+def tree(tmp_path: Path) -> Path:
+    """Folders, hard links that cross them, a hole of 50 GB, extended attributes, an ACL, a socket and a FIFO."""
+    root = tmp_path / "srv" / "uploads"
+    for folder in ("2025", "2026/a b"):
+        (root / folder).mkdir(parents=True)
+    (root / "2025" / "letter").write_bytes(b"kept" * 100)
+    (root / "2026" / "a b" / "same letter").hardlink_to(root / "2025" / "letter")
+    (root / "2026" / "same again").hardlink_to(root / "2025" / "letter")
+    (root / "2026" / "link").symlink_to("a b")
+    with (root / "2026" / "disk").open("wb") as disk:
+        disk.truncate(50 << 30)
+        disk.seek(30 << 30)
+        disk.write(b"in the middle")
+    os.setxattr(root / "2026" / "a b", "user.kind", b"new\nline = \0")
+    os.setxattr(root / "2025" / "letter", "user.ocr", b"done")
+    # user::rw- user:1234:rw- group::r-- mask::rw- other::---, as the kernel keeps it
+    acl = bytes.fromhex(
+        "02000000 01000600ffffffff 02000600d2040000 04000400ffffffff 10000600ffffffff 20000000ffffffff"
+    )
+    os.setxattr(root / "2025" / "letter", "system.posix_acl_access", acl)
+    return root
+
+
+def test_holes_attributes_acls_and_links_come_back(tree: Path) -> None:
+    shown, kept = look_without_disk(tree), attributes(tree)
+    assert len(kept["2025/letter"]) == 2
+    part, plain = backed_up(uploads(tree))
+    assert len(plain) < 100_000
+    assert part.holds["attributes"] == 2
+    shutil.rmtree(tree)
+    restore = restoring(part, plain)
+    replace(uploads(tree), restore)
+    assert look_without_disk(tree) == shown
+    assert attributes(tree) == kept
+    assert restore.warnings == []
+    disk = (tree / "2026" / "disk").stat()
+    assert (disk.st_size, disk.st_blocks < 1000) == (50 << 30, True)
+    uploads(tree).check(part, iter([plain]))
+
+
+def look_without_disk(tree: Path) -> dict[bytes, tuple[Any, ...]]:
+    """Look at all but the 50 GB, which would take a minute to read."""
+    disk, aside = tree / "2026" / "disk", tree.parent / "disk"
+    time = disk.parent.stat()
+    disk.rename(aside)
+    try:
+        os.utime(disk.parent, ns=(time.st_atime_ns, time.st_mtime_ns))
+        return look(tree)
+    finally:
+        aside.rename(disk)
+        os.utime(disk.parent, ns=(time.st_atime_ns, time.st_mtime_ns))
+
+
+def test_a_lost_attribute_is_seen_and_said(tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    part, plain = backed_up(uploads(tree))
+    write_tree = ProcessRuntime.write_tree
+
+    def without_attributes(self: ProcessRuntime, folder: Any, chunks: Iterator[bytes]) -> None:
+        write_tree(self, folder, chunks)
+        os.removexattr(folder / "uploads/2025/letter", "user.ocr")
+        os.removexattr(folder / "uploads/2025/letter", "system.posix_acl_access")
+        Path(folder, "uploads/2025/letter").chmod(0o660)
+
+    def with_others(self: ProcessRuntime, folder: Any, chunks: Iterator[bytes]) -> None:
+        write_tree(self, folder, chunks)
+        os.setxattr(folder / "uploads/2025/letter", "user.ocr", b"never")
+
+    monkeypatch.setattr(ProcessRuntime, "write_tree", without_attributes)
+    restore = restoring(part, plain)
+    uploads(tree).stage(restore)
+    assert restore.warnings == [f"{part.name}: extended attributes or ACLs of 1 entries cannot be kept there"]
+    uploads(tree).revert(restore)
+    monkeypatch.setattr(ProcessRuntime, "write_tree", with_others)
+    with pytest.raises(ComparisonError, match="attributes"):
+        uploads(tree).stage(restoring(part, plain, run_id="other"))
+
+
+def test_one_path_of_many_comes_back_and_the_rest_stays(tree: Path) -> None:
+    kept = look_without_disk(tree)
+    part, plain = backed_up(uploads(tree))
+    shutil.rmtree(tree / "2026")
+    (tree / "2026").mkdir()
+    (tree / "2026" / "later").touch()
+    (tree / "2025" / "letter").write_text("rewritten since")
+    (tree / "new").touch()
+    restore = restoring(part, plain, path="uploads/2026/")
+    assert uploads(tree).overwrites([part], restore.options)[0].startswith(f"{tree}/2026: replaced")
+    replace(uploads(tree), restore)
+    assert (tree / "2025" / "letter").read_text() == "rewritten since"
+    assert (tree / "new").exists()
+    found = look_without_disk(tree)
+    inside = {name for name in kept if name.startswith(b"2026/")}
+    assert inside == {name for name in found if name.startswith(b"2026/")}
+    assert (tree / "2026" / "a b" / "same letter").read_bytes() == b"kept" * 100
+    assert (tree / "2026" / "a b" / "same letter").samefile(tree / "2026" / "same again")
+    assert leftovers(tree) == []
+    for wrong in ("2026", "elsewhere/x", "uploads"):
+        with pytest.raises(Permanent, match="name what is in it"):
+            uploads(tree).stage(restoring(part, plain, path=wrong))
+    absent = restoring(part, plain, path="uploads/2027")
+    with pytest.raises(Permanent, match="holds no uploads/2027"):
+        uploads(tree).stage(absent)
+    uploads(tree).revert(absent)
+    damaged = bytearray(plain)
+    damaged[plain.index(b"keptkept")] ^= 1
+    with pytest.raises(IntegrityError):
+        uploads(tree).stage(restoring(part, bytes(damaged), path="uploads/2026"))
+
+
+def test_a_look_beside_touches_nothing_that_is_live(tree: Path, tmp_path: Path) -> None:
+    part, plain = backed_up(uploads(tree))
+    recorded = look_without_disk(tree)
+    (tree / "2025" / "letter").write_text("live")
+    live = look_without_disk(tree)
+    beside = tmp_path / "a look"
+    it, restore = uploads(tree), restoring(part, plain, into=str(beside))
+    options = it.restore_options.model_validate(dict(restore.options))
+    assert not options.overwrites
+    assert it.overwrites([part], restore.options) == [f"nothing: uploads is put into {beside}"]
+    replace(it, restore)
+    assert look_without_disk(beside / "uploads") == recorded
+    assert look_without_disk(tree) == live
+    with pytest.raises(CommandFailed, match="is not empty"):
+        it.stage(restoring(part, plain, run_id="again", into=str(beside)))
+    other = restoring(part, plain, run_id="third", into=str(tmp_path / "x" / "y"), path="uploads/2025")
+    it.stage(other)
+    it.swap(other)
+    assert (tmp_path / "x" / "y" / "uploads" / "2025" / "letter").read_bytes() == b"kept" * 100
+    it.revert(other)
+    assert not (tmp_path / "x").exists()
+
+
+def test_a_rehearsal_compares_and_leaves_nothing(
+    tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scratch = tmp_path / "scratch"
+    scratch.mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(scratch))
+    part, plain = backed_up(uploads(tree))
+    live = look_without_disk(tree)
+    assert uploads(tree).rehearse(restoring(part, plain))["entries"] == part.holds["entries"]
+    damaged = plain.replace(b"keptkept", b"keptkepT")
+    with pytest.raises(IntegrityError):
+        uploads(tree).rehearse(restoring(part, damaged))
+    with pytest.raises(IntegrityError):
+        uploads(tree).check(part, iter([damaged]))
+    huge = part.model_copy(update={"plain_size": 1 << 60})
+    with pytest.raises(Permanent, match="has room for"):
+        uploads(tree).rehearse(restoring(huge, plain))
+    assert list(scratch.iterdir()) == []
+    assert look_without_disk(tree) == live
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root mounts")
+def test_what_is_mounted_inside_is_refused_by_name_before_anything_moves(tree: Path) -> None:
+    part, plain = backed_up(uploads(tree))
+    mounted = tree / "2026" / "a b"
+    subprocess.run(["mount", "-t", "tmpfs", "none", mounted], check=True)
+    try:
+        (mounted / "cached").touch()
+        live = look_without_disk(tree)
+        restore = restoring(part, plain)
+        with pytest.raises(CommandFailed, match="2026/a b is mounted inside what would be replaced"):
+            uploads(tree).stage(restore)
+        uploads(tree).revert(restore)
+        assert look_without_disk(tree) == live
+        replace(uploads(tree), restoring(part, plain, path="uploads/2025"))
+        assert (mounted / "cached").exists()
+    finally:
+        subprocess.run(["umount", mounted], check=True)
+
+
+def test_the_runbooks_archives_go_where_they_belong(tmp_path: Path) -> None:
+    day, live = tmp_path / "20251001", tmp_path / "app"
+    for name in ("uploads/2025", "auth-keys"):
+        (day / name).mkdir(parents=True)
+    (day / "uploads/2025/letter").write_text("letter")
+    (day / "auth-keys/private.pem").write_text("key")
+    plain = subprocess.run(["tar", "-C", tmp_path, "-c", "20251001"], check=True, capture_output=True).stdout
+    for name, found in (("uploads", "2025/letter"), ("keys", "private.pem")):
+        (live / name).mkdir(parents=True)
+        (live / name / "stale").touch()
+        it = uploads(live / name)
+        part = bare_part(it, "files", plain)
+        replace(it, restoring(part, plain))
+        assert [
+            str(path.relative_to(live / name)) for path in (live / name).rglob("*") if path.is_file()
+        ] == [found]
+        it.check(part, iter([plain]))
+        it.rehearse(restoring(part, plain))
+    it = uploads(live / "other")
+    with pytest.raises(Permanent, match="one folder for 'other'"):
+        it.stage(restoring(bare_part(it, "files", plain), plain))
+    root = tmp_path / "system"
+    (root / "api").mkdir(parents=True)
+    (root / "api/.env").write_text("A=1")
+    (root / "unlisted").touch()
+    plain = subprocess.run(["tar", "-C", root, "-c", "api/.env"], check=True, capture_output=True).stdout
+    (root / "api/.env").write_text("changed")
+    settings_of = configured(root, "api/.env", "api/docker-compose.yml")
+    replace(settings_of, restoring(bare_part(settings_of, "config", plain), plain))
+    assert (root / "api/.env").read_text() == "A=1"
+    assert (root / "unlisted").exists()
+
+
+def bare_part(component: BaseComponent, kind: str, plain: bytes) -> Part:
+    part, _ = backed_up(uploads(Path(__file__)))
+    return part.model_copy(
+        update={"component": component.name, "kind": kind, "holds": {}, "plain_size": len(plain)}
+    )
+
+
+@pytest.fixture(scope="module")
+def container(docker_client: docker.DockerClient) -> Iterator[tuple[str, Path]]:
+    """A container with a named volume at /data, and where the volume lies on this host."""
+    name = f"contract-trees-{secrets.token_hex(4)}"
+    volume = docker_client.volumes.create(name)
+    found = docker_client.containers.run(
+        IMAGE,
+        ["sleep", "100000"],
+        detach=True,
+        name=name,
+        network_mode="none",
+        volumes={name: {"bind": "/data"}},
+    )
+    yield name, Path(volume.attrs["Mountpoint"])
+    found.remove(force=True)
+    volume.remove()
+
+
+@pytest.mark.docker
+@settings(
+    max_examples=3,
+    deadline=None,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
+)
+@given(TREES)
+def test_a_named_volume_comes_back_in_a_container(container: tuple[str, Path], tree: tuple[Any, ...]) -> None:
+    name, volume = container
+    subprocess.run(["find", volume, "-mindepth", "1", "-delete"], check=True)
+    make(os.fsencode(volume), tree)
+    (volume / "marked").touch()
+    os.setxattr(volume / "marked", "user.mark", b"1")
+    before, marks = look(volume), attributes(volume)
+    it = uploads(Path("/data"), container=name)
+    part, plain = backed_up(it)
+    subprocess.run(["find", volume, "-mindepth", "1", "-delete"], check=True)
+    (volume / "other").touch()
+    replace(it, restoring(part, plain))
+    assert (look(volume), attributes(volume)) == (before, marks)
