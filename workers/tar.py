@@ -64,7 +64,7 @@ class TreeDigest:
         """How many entries have extended attributes or an ACL."""
         self.entries = self.files = self.bytes = self.largest = self.outward_links = 0
         self.contents: dict[str, str] = {}
-        """With ``listing``: the SHA-256 of each file's content, and ``-> target`` of each link, by name."""
+        """With ``listing``: each file's digest (`ContentDigest`) and ``-> target`` of each link, by name."""
         self.modes: dict[str, str] = {}
         """With ``listing``: the mode of each file, as four octal digits."""
         self.kept: dict[str, bytes] = {}

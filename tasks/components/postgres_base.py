@@ -162,7 +162,8 @@ class Contents:
     """What the tar stream of a base backup holds, found out while it passes ``through``."""
 
     def __init__(self) -> None:
-        self._tree = TreeDigest(outward_links=0, listing=True, keep=(MANIFEST, LABEL))
+        # Version 1 lists the plain SHA-256 of every content, as PostgreSQL's manifest does.
+        self._tree = TreeDigest(outward_links=0, listing=True, keep=(MANIFEST, LABEL), version=1)
 
     def through(self, chunks: Iterable[bytes]) -> Iterator[bytes]:
         """Yield the chunks. Raises ``IntegrityError`` when they are no tar archive, or one that is unsafe to unpack."""
