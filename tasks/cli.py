@@ -1,14 +1,14 @@
 """The console script ``ai-micro-backup``: sends the same tasks, reads the same catalogue.
 
-Exit status: 0 done, 1 the run failed, 2 wrong settings or usage, 3 not confirmed, 4 no such archive or run,
-5 the broker or a worker does not answer.
+Exit status: 0 done, 1 the run failed (`preflight`: something has to be changed), 2 wrong settings or usage,
+3 not confirmed, 4 no such archive or run, 5 the broker or a worker does not answer.
 """
 
 from __future__ import annotations
 
 import typer
 
-from tasks.commands import backups, copies, restores, shows, wal
+from tasks.commands import backups, copies, preflight, restores, shows, wal
 from tasks.commands.common import Exit
 
 __all__ = ["Exit", "cli", "main"]
@@ -24,6 +24,7 @@ cli.command()(restores.plan)
 cli.command("list")(shows.list_archives)
 cli.command()(shows.show)
 cli.command()(shows.status)
+cli.command()(preflight.preflight)
 
 
 def main() -> None:

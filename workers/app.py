@@ -30,6 +30,7 @@ TASK_MODULES = (
     "tasks.schedule",
     "tasks.services",
     "tasks.wal",
+    "tasks.preflight",
     "tasks.watchdog",
 )
 

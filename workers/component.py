@@ -78,6 +78,16 @@ def plain_command(part: Part) -> str:
     return f"{READERS[part.codec]} {name}"
 
 
+class Finding(Strict):
+    """Something that `BaseComponent.preflight` found, and what to do about it."""
+
+    what: str
+    change: str = ""
+    """What to change, to be copied: statements, commands, settings."""
+    advice: bool = False
+    """Whether everything that the settings ask for works without the change."""
+
+
 @dataclass
 class Source:
     """One stream that a component backs up. Several of a component are read at the same time."""
@@ -171,6 +181,10 @@ class BaseComponent(Location):
     @abstractmethod
     def revert(self, restore: Restore) -> None:
         """Bring back what stood before ``swap`` and remove what was staged; fine when there is neither."""
+
+    def preflight(self) -> list[Finding]:
+        """Look whether what the settings ask for can work, changing nothing, and return what to change."""
+        return []
 
     def check(self, part: Part, chunks: Iterator[bytes]) -> None:
         """Read a part's plain ``chunks`` to their end with what knows their format, touching nothing.

@@ -21,12 +21,14 @@ from pydantic import Field
 
 from tasks.components.postgres_base import BASE, base_by_hand, base_source, check_base
 from tasks.components.postgres_options import BackupOptions
+from tasks.components.postgres_preflight import NO_WAL, preflight_server, preflight_wal
 from tasks.components.postgres_roles import globals_argv, role_created
 from tasks.components.postgres_swap import OWN_DATABASES, Swap
 from tasks.components.psql import OPTIONS, ProcessGroup, Server, Session, Statement, literal, statements
 from workers.component import (
     NO_OPTIONS,
     BaseComponent,
+    Finding,
     Options,
     Part,
     Restore,
@@ -322,6 +324,14 @@ class Component(BaseComponent):
     def _place(self) -> str:
         where = f"container {self.container}" if self.container else (self.address or "this host")
         return f"{self.name} ({where})"
+
+    def preflight(self) -> list[Finding]:
+        server = self.wal_server()
+        with server.session(self.maintenance_database) as session:
+            found = preflight_server(session, self.wal_slot)
+            if self.wal_archive is None:
+                return [*found, NO_WAL]
+            return found + preflight_wal(session, server.runtime, str(self.wal_archive), self.wal_slot)
 
     @property
     def wal_name(self) -> str:

@@ -78,6 +78,7 @@ def record_base(system: System, server: Postgres) -> datetime:
 def test_removed_segment_is_named_as_the_time_that_cannot_be_recovered(
     system: System, server: Postgres
 ) -> None:
+    assert [finding for finding in system.cli("preflight")["db"] if not finding["advice"]] == []
     write(server)
     first = collect(system)["outcome"]["db"]
     assert first["files"] >= 2

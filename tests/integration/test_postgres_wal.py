@@ -127,6 +127,13 @@ def test_collection_holds_every_commit_and_empties_the_folder(collector: Collect
     archived.unlink()
 
 
+def test_server_that_archives_has_nothing_to_change(collector: Collector) -> None:
+    collector.write()
+    collector.collect()
+    found = [finding for finding in collector.component.preflight() if not finding.advice]
+    assert found == []
+
+
 def test_idle_server_closes_no_segments_and_its_newest_point_goes_on(collector: Collector) -> None:
     collector.write()
     collector.collect()

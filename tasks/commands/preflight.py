@@ -1,0 +1,77 @@
+"""The command that says what to change before backups can work."""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated, Any
+
+import typer
+from celery.exceptions import TimeoutError as NoAnswer
+from rich.markup import escape
+
+from tasks.commands.common import Exit, Json, console, translated
+from workers.errors import Permanent
+
+SECONDS_TO_ANSWER = 60
+
+
+def preflight(
+    components: Annotated[list[str] | None, typer.Argument(help="Components; by default all.")] = None,
+    *,
+    as_json: Json = False,
+) -> None:
+    """Say exactly what to change so that everything in the settings works: exit 0 nothing, 1 something, 5 no answer."""
+    with translated():
+        found = {
+            **_ask_hosts(components)
+        }  # what is asked elsewhere, of a store for example, is one more line here
+    if as_json:
+        print(json.dumps(found))
+    else:
+        _show(found)
+    if any(findings is None for findings in found.values()):
+        raise typer.Exit(Exit.UNAVAILABLE)
+    if any(not finding["advice"] for findings in found.values() for finding in findings or ()):
+        raise typer.Exit(Exit.FAILED)
+
+
+def _ask_hosts(names: list[str] | None) -> dict[str, list[dict[str, Any]] | None]:
+    """Return each component's findings, ``None`` where its host does not answer. Raises ``Permanent`` for an unknown one."""
+    from tasks.preflight import check_component
+    from workers.app import app
+    from workers.hosts import queue_of
+    from workers.settings import get_settings
+
+    known = get_settings().components
+    chosen = names or list(known)
+    if unknown := [name for name in chosen if name not in known]:
+        raise Permanent(f"there is no component {', '.join(unknown)}; there are {', '.join(known)}")
+    with app.connection_for_write() as connection:
+        connection.ensure_connection(max_retries=2)
+    asked = {
+        name: check_component.apply_async(
+            (name,), queue=queue_of(known[name].host), shadow=f"preflight {name}", expires=SECONDS_TO_ANSWER
+        )
+        for name in chosen
+    }
+    found: dict[str, list[dict[str, Any]] | None] = {}
+    for name, result in asked.items():
+        try:
+            found[name] = result.get(timeout=SECONDS_TO_ANSWER, interval=0.1)
+        except NoAnswer:
+            found[name] = None
+    return found
+
+
+def _show(found: dict[str, list[dict[str, Any]] | None]) -> None:
+    for name, findings in found.items():
+        if findings is None:
+            console.print(f"{name}: [red]its host does not answer[/red]")
+        elif not findings:
+            console.print(f"{name}: [green]nothing to change[/green]")
+        for finding in findings or ():
+            color = "yellow" if finding["advice"] else "red"
+            what = escape(finding["what"])
+            console.print(f"{name}: [{color}]{what}[/{color}]", highlight=False, soft_wrap=True)
+            if finding["change"]:
+                print(f"    {finding['change']}")
