@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from datetime import datetime
 from typing import Any
 
+from tasks.components.postgres_base import BASE
 from tasks.components.postgres_segments import format_lsn
 from tasks.components.postgres_wal import (
     BaseBackup,
@@ -25,9 +26,6 @@ from tasks.components.postgres_wal import (
 )
 from workers.catalog import Artifact
 from workers.storage import Store
-
-BASE = "postgres-base"
-"""Kind of the parts that are base backups."""
 
 
 @dataclass(frozen=True)

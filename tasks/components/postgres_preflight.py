@@ -27,7 +27,7 @@ SELECT r.rolsuper AS superuser, pg_is_in_recovery() AS standby, current_user AS 
        current_setting('max_slot_wal_keep_size') AS max_slot_wal_keep_size,
        coalesce(current_setting('summarize_wal', true), '') AS summarize_wal,
        current_setting('data_directory') AS data_directory,
-       (SELECT string_agg(slot_name, ', ') FROM pg_replication_slots) AS slots
+       (SELECT string_agg(slot_name, ', ') FROM pg_replication_slots WHERE NOT temporary) AS slots
 FROM pg_roles r WHERE r.rolname = current_user
 """
 LOOK = """

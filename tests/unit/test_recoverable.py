@@ -9,7 +9,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tasks import backup
-from tasks.components.postgres import Component
 from tasks.components.postgres_segments import HEADER, LONG_HEADER, Segment, Switch, format_lsn
 from tasks.components.postgres_wal import BaseBackup, Collection, Wal, WalFile, collection_key, wal_key
 from tasks.recoverable import Recoverable, examine
@@ -17,7 +16,6 @@ from tasks.wal import CollectWorkflow, require_no_collection
 from tests.configured import configured, write_settings
 from workers import catalog, streams
 from workers.catalog import Kind, Run, Step
-from workers.component import Options
 from workers.errors import LeaseUnavailable
 from workers.settings import Settings
 from workers.storage.local import LocalStore
@@ -142,13 +140,8 @@ def test_every_point_is_in_a_range_exactly_when_a_base_backup_reaches_it(
 COMPONENT = '[components.db]\nkind = "postgres"\nhost = "db1"\nwal_archive = "/wal"\n'
 
 
-class BaseOption(Options):
-    base: str | None = None
-
-
 @pytest.fixture
 def configuration(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Settings]:
-    monkeypatch.setattr(Component, "backup_options", BaseOption)
     monkeypatch.setattr(backup, "begin", lambda _run: None)
     more = f'{COMPONENT}\n[catalog]\nurl = "sqlite:///{tmp_path}/catalog.sqlite"\n'
     with configured(write_settings(tmp_path, more=more)) as settings:
