@@ -1,6 +1,8 @@
 """WAL of real servers: what a collection stores, refuses and leaves, and how a gap shows."""
 
 import hashlib
+import os
+import subprocess
 from collections.abc import Iterator
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
@@ -12,7 +14,7 @@ from pyrage import x25519
 
 from tasks import collecting
 from tasks.components.postgres import Component
-from tasks.components.postgres_archiving import archive_command
+from tasks.components.postgres_archiving import WalArchive, archive_command
 from tasks.components.postgres_segments import Segment, format_lsn, parse_lsn
 from tasks.components.postgres_wal import BaseBackup, Wal, list_collections, list_wal, missing, read_wal
 from tasks.recoverable import Recoverable, examine
@@ -78,6 +80,10 @@ class Collector:
 
     def in_folder(self) -> list[str]:
         return sorted(path.name for path in self.server.archive.iterdir())
+
+    def component_archive(self) -> dict[str, int]:
+        """What a collection would take."""
+        return WalArchive(self.component.wal_server().runtime, str(self.server.archive)).sizes()
 
     @property
     def wal(self) -> Wal:
@@ -271,3 +277,45 @@ def test_segments_are_encrypted_and_gaps_are_found_without_a_private_key(
     with configured(write_settings(tmp_path, more=f'{table}\nidentities = [{{ file = "{private}" }}]')):
         plain = b"".join(read_wal(collector.store, stored.key))
     assert hashlib.sha256(plain).hexdigest() == stored.sha256
+
+
+def test_receiver_delivers_what_was_committed_and_is_missed_when_it_is_gone(tmp_path: Path) -> None:
+    settings = {"max_slot_wal_keep_size": "1GB", "autovacuum": "off"}
+    with (
+        postgres_server(18, tmp_path, settings=settings) as server,
+        configured(write_settings(tmp_path)),
+    ):
+        collector = Collector(server, tmp_path / "store")
+        collector.component = collector.component.model_copy(update={"wal_slot": "receiver"})
+        login = {"PGHOST": server.host, "PGPORT": str(server.port), "PGUSER": server.user}
+        environment = {**os.environ, **login, "PGPASSWORD": server.password}
+        command = [f"{server.bin_dir}/pg_receivewal", "--slot=receiver"]
+        subprocess.run([*command, "--create-slot", "--if-not-exists"], check=True, env=environment)
+        receiver = subprocess.Popen([*command, f"--directory={server.archive}"], env=environment)
+        try:
+            assert wait_until(
+                lambda: server.rows("SELECT active FROM pg_replication_slots") == [(True,)], timeout=30
+            )
+            assert [finding.what for finding in collector.component.preflight() if not finding.advice] == []
+            written = collector.write(switch=False)
+            done = collector.collect()
+            assert done["troubles"] == []
+            assert done["slot"]["lag"] < 2 * SIZE
+            assert segment_of(written) in collector.wal.files
+            assert collector.in_folder() == []
+            newest = segment_of(collector.write(switch=False))
+            assert wait_until(lambda: collector.in_folder() == [f"{newest}.partial"], timeout=30)
+            assert newest not in collector.component_archive(), "what is still being received is left"
+        finally:
+            receiver.terminate()
+            receiver.wait()
+        assert wait_until(
+            lambda: server.rows("SELECT active FROM pg_replication_slots") == [(False,)], timeout=30
+        )
+        collector.write()
+        with pytest.raises(Permanent, match=r"is not in .* preflight pg"):
+            collector.collect(wal_timeout=0.5)
+        assert (
+            "nobody receives WAL"
+            in next(one for one in collector.component.preflight() if not one.advice).what
+        )
