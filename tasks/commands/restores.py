@@ -18,6 +18,12 @@ def restore(
         str | None, typer.Option(help="Name of the system or component to be overwritten.")
     ] = None,
     plan: Annotated[bool, typer.Option("--plan", help="Only show what would be overwritten.")] = False,
+    path: Annotated[
+        str | None, typer.Option(help="Of files: only this path of the backup, `uploads/2026`.")
+    ] = None,
+    into: Annotated[
+        str | None, typer.Option(help="Of files: into this empty folder, beside what is live.")
+    ] = None,
     store: From = "store",
     wait: Wait = True,
     as_json: Json = False,
@@ -25,10 +31,19 @@ def restore(
     """Restore a full archive, or one component of it, and show that it is in place."""
     from tasks.restore import restore_component, restore_full_system
 
+    options = {key: value for key, value in {"path": path, "into": into}.items() if value is not None}
+    if options and not component:
+        raise typer.BadParameter("--path and --into are for one component: name it with --component")
     with translated():
         if component:
             run_id = common.send(
-                restore_component, archive, component, confirm=confirm, plan=plan, store=store
+                restore_component,
+                archive,
+                component,
+                confirm=confirm,
+                plan=plan,
+                store=store,
+                **({"options": options} if options else {}),
             )
         else:
             run_id = common.send(restore_full_system, archive, confirm=confirm, plan=plan, store=store)

@@ -57,8 +57,22 @@ def _artifacts_in(table: str) -> list[Artifact]:
     return sorted(found, key=lambda artifact: artifact.created, reverse=True)
 
 
-def show(name: Annotated[str, typer.Argument(help="An archive or a run.")], *, as_json: Json = False) -> None:
-    """Show what an archive holds, or how a run went."""
+def show(
+    name: Annotated[str, typer.Argument(help="An archive or a run; with --diff, a component.")],
+    *,
+    diff: Annotated[
+        tuple[str, str] | None,
+        typer.Option(help="What differs between two archives, `latest` or `previous`; no value is shown."),
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Show what an archive holds, how a run went, or what changed in the configuration."""
+    from tasks.commands.diffs import show_diff
+
+    if diff is not None:
+        with translated():
+            show_diff(name, diff, as_json=as_json)
+        return
     from tasks import archive as archives
     from workers.settings import get_settings
     from workers.storage import open_store

@@ -127,6 +127,7 @@ prepare() {
     mkdir -p "$root"
     before=$(attributes "$root")
     mkdir -m 700 "$staging"
+    chmod g-s "$staging" # what is made in it would have it from a root that has it
     note made "$made"
     note before "$before"
   fi
