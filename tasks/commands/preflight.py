@@ -22,9 +22,7 @@ def preflight(
 ) -> None:
     """Say exactly what to change so that everything in the settings works: exit 0 nothing, 1 something, 5 no answer."""
     with translated():
-        found = {
-            **_ask_hosts(components)
-        }  # what is asked elsewhere, of a store for example, is one more line here
+        found = _ask_hosts(components) | ({} if components else _ask_stores())
     if as_json:
         print(json.dumps(found))
     else:
@@ -54,6 +52,30 @@ def _ask_hosts(names: list[str] | None) -> dict[str, list[dict[str, Any]] | None
         )
         for name in chosen
     }
+    return _answers(asked)
+
+
+def _ask_stores() -> dict[str, list[dict[str, Any]] | None]:
+    """Return what each host finds of the main store, and a control worker of both stores."""
+    from tasks.preflight import check_store
+    from workers.hosts import CONTROL, queue_of
+    from workers.settings import get_settings
+
+    settings = get_settings()
+    places = [("store", f"store@{host}", queue_of(host)) for host in settings.hosts]
+    places += [("store", "store@control", CONTROL)]
+    places += [("offsite", "offsite@control", CONTROL)] if settings.offsite else []
+    return _answers(
+        {
+            name: check_store.apply_async(
+                (table,), queue=queue, shadow=f"preflight {name}", expires=SECONDS_TO_ANSWER
+            )
+            for table, name, queue in places
+        }
+    )
+
+
+def _answers(asked: dict[str, Any]) -> dict[str, list[dict[str, Any]] | None]:
     found: dict[str, list[dict[str, Any]] | None] = {}
     for name, result in asked.items():
         try:

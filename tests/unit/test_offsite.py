@@ -13,7 +13,7 @@ from typing import Any, cast
 
 import pytest
 
-from tasks import archive, offsite
+from tasks import archive, offsite, preflight
 from tasks.archive import Archive, Metadata, RunRecord
 from tests.configured import configured, write_settings
 from workers import catalog
@@ -255,3 +255,14 @@ def test_objects_of_the_main_store_cannot_be_locked(tmp_path: Path) -> None:
 
     with pytest.raises(SettingsError, match=r"store: .*parts must be deleted"), configured(path):
         pass
+
+
+def test_preflight_tries_both_stores_where_it_is_asked(world: World) -> None:
+    assert (preflight.check_store("store"), preflight.check_store("offsite")) == ([], [])
+    assert (list(world.source.list("")), world.copied()) == ([], [])
+
+    world.target.root.rmdir()
+    world.target.root.write_text("a file where a folder should be")
+    found = preflight.check_store("offsite")
+    assert [finding["advice"] for finding in found] == [False] * len(found)
+    assert found[0]["what"].startswith("put: ")
