@@ -38,6 +38,8 @@ SIDECAR_SUFFIX = ".metadata.json"
 SEAL = "record_sha256"
 """Key of a record's digest of all else in it."""
 CHUNK = 1 << 20
+FOLDERS = ("full_system/", "components/")
+"""Prefixes of the keys of the archives that this system makes."""
 
 
 class RunRecord(Strict):
@@ -200,12 +202,7 @@ def resolve(store: Store, name: str) -> str:
 
     Raises ``ObjectNotFound`` naming the newest archives there are.
     """
-    keys = [
-        item.key
-        for prefix in ("full_system/", "components/")
-        for item in store.list(prefix)
-        if is_archive(item.key)
-    ]
+    keys = [item.key for prefix in FOLDERS for item in store.list(prefix) if is_archive(item.key)]
     for key in keys:
         if bare(name) in (bare(key), PurePosixPath(bare(key)).name):
             return key

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import typer
 
-from tasks.commands import backups, copies, preflight, restores, shows, wal
+from tasks.commands import backups, copies, keeping, preflight, restores, shows, wal
 from tasks.commands.common import Exit
 
 __all__ = ["Exit", "cli", "main"]
@@ -23,6 +23,9 @@ cli.command()(restores.restore)
 cli.command()(restores.plan)
 cli.command("list")(shows.list_archives)
 cli.command()(shows.show)
+cli.command()(keeping.prune)
+cli.command()(keeping.delete)
+cli.command()(keeping.rebuild)
 cli.command()(shows.status)
 cli.command()(preflight.preflight)
 

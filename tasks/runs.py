@@ -7,7 +7,7 @@ errback, or the watchdog.
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -56,6 +56,22 @@ class Workflow(Protocol):
 
 
 WORKFLOWS: dict[Kind, Workflow] = {}
+
+
+@dataclass
+class OnePhase:
+    """A run of one phase; what its steps return is its outcome, by their names."""
+
+    steps: Callable[[Run], list[Work]]
+    first: str = "work"
+
+    def work(self, run: Run, phase: str) -> list[Work]:
+        return self.steps(run)
+
+    def following(self, run: Run, phase: str, steps: Sequence[Step]) -> None:
+        failed = [f"{step.name}: {step.error}" for step in steps if step.error]
+        results = {step.name: step.result for step in steps if step.result and not step.error}
+        catalog.note(run.id, cause="; ".join(failed) or None, outcome=results)
 
 
 def begin(run: Run) -> None:

@@ -8,6 +8,7 @@ from celery.schedules import crontab
 
 from tasks.backup import FULL_SYSTEM, backup_full_system
 from tasks.offsite import OFFSITE, copy_offsite
+from tasks.prune import PRUNE, prune
 from tasks.wal import BASE_OPTIONS, COLLECT_WAL, collect_wal, wal_components
 from workers import catalog
 from workers.app import app
@@ -43,6 +44,9 @@ def start_scheduled(job: str) -> str | None:
     if job == OFFSITE:
         copy_id: str | None = copy_offsite(job=job, scheduled_at=due.isoformat())
         return copy_id
+    if job == PRUNE:
+        prune_id: str | None = prune(job=job, scheduled_at=due.isoformat())
+        return prune_id
     components = None if job == FULL_SYSTEM else [job]
     run_id: str | None = backup_full_system(components, job=job, scheduled_at=due.isoformat())
     return run_id
@@ -76,12 +80,14 @@ def newest_digest(component: str) -> str | None:
 
 
 def cron_lines(settings: Settings) -> dict[str, str]:
-    """Return the cron line of each scheduled job: the full system's, single components', the WAL's, base backups', copies'."""
+    """Return the cron line of each scheduled job; those of single components have their names."""
     schedule = settings.schedule
-    beside = {COLLECT_WAL: schedule.wal, BASE: schedule.base} if wal_components(settings) else {}
-    beside |= {OFFSITE: schedule.offsite} if settings.offsite else {}
-    full = {FULL_SYSTEM: schedule.full_system}
-    return {job: line for job, line in (full | schedule.components | beside).items() if line}
+    lines = {FULL_SYSTEM: schedule.full_system, **schedule.components, PRUNE: schedule.prune}
+    if wal_components(settings):
+        lines |= {COLLECT_WAL: schedule.wal, BASE: schedule.base}
+    if settings.offsite:
+        lines[OFFSITE] = schedule.offsite
+    return {job: line for job, line in lines.items() if line}
 
 
 def latest_due(schedule: crontab, moment: datetime) -> datetime:

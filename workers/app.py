@@ -25,6 +25,8 @@ TASK_MODULES = (
     "tasks.backup",
     "tasks.archive",
     "tasks.offsite",
+    "tasks.prune",
+    "tasks.rebuild",
     "tasks.restore",
     "tasks.runs",
     "tasks.schedule",

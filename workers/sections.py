@@ -148,6 +148,41 @@ class EncryptionSettings(Strict):
         return keys
 
 
+class RetentionPolicy(Strict):
+    """What is kept of a series of archives. Any rule keeps an archive; without a rule all are kept."""
+
+    days: float | None = Field(default=None, gt=0)
+    """Those that are no older."""
+    last: int = Field(default=0, ge=0)
+    """So many of the newest."""
+    daily: int = Field(default=0, ge=0)
+    """The newest of each day, for as many of the last days as had one; alike the following."""
+    weekly: int = Field(default=0, ge=0)
+    monthly: int = Field(default=0, ge=0)
+    yearly: int = Field(default=0, ge=0)
+
+    @property
+    def is_empty(self) -> bool:
+        return not any(self.model_dump().values())
+
+    def __str__(self) -> str:
+        days = [f"{self.days:g} days"] if self.days is not None else []
+        counts = self.model_dump(exclude={"days"}, exclude_defaults=True)
+        return ", ".join(days + [f"{count} {rule}" for rule, count in counts.items()])
+
+
+class RetentionSettings(Strict):
+    """How long what is kept; the runbook's times by default."""
+
+    full_system: RetentionPolicy = RetentionPolicy(days=30)
+    components: dict[str, RetentionPolicy] = Field(default_factory=dict)
+    """For archives of single components, by the component's name; by default its kind says it."""
+    wal_days: float = Field(default=7, gt=0)
+    """How far back a recovery to a point in time reaches."""
+    imported: RetentionPolicy = RetentionPolicy()
+    """For archives that something else made."""
+
+
 class OffsiteSettings(Strict):
     """A second store, elsewhere, that archives are copied to."""
 
@@ -158,6 +193,8 @@ class OffsiteSettings(Strict):
     """The bandwidth that copying may take."""
     read_back: bool = True
     """Whether a copy is read again and compared; else the checksums of the transfer have to do."""
+    retention: RetentionSettings = RetentionSettings()
+    """Of the copies; no shorter than that of the main store, which would copy again what was deleted here."""
 
     @model_validator(mode="after")
     def _infrequent_access(self) -> OffsiteSettings:
@@ -207,41 +244,6 @@ class ScheduleSettings(Strict):
     config_watch_seconds: float = Field(default=300, ge=1)
     """How often each ``config`` component is looked at for changes."""
     watchdog_seconds: float = Field(default=30, ge=1)
-
-
-class RetentionPolicy(Strict):
-    """What is kept of a series of archives. Any rule keeps an archive; without a rule all are kept."""
-
-    days: float | None = Field(default=None, gt=0)
-    """Those that are no older."""
-    last: int = Field(default=0, ge=0)
-    """So many of the newest."""
-    daily: int = Field(default=0, ge=0)
-    """The newest of each day, for as many of the last days as had one; alike the following."""
-    weekly: int = Field(default=0, ge=0)
-    monthly: int = Field(default=0, ge=0)
-    yearly: int = Field(default=0, ge=0)
-
-    @property
-    def is_empty(self) -> bool:
-        return not any(self.model_dump().values())
-
-    def __str__(self) -> str:
-        days = [f"{self.days:g} days"] if self.days is not None else []
-        counts = self.model_dump(exclude={"days"}, exclude_defaults=True)
-        return ", ".join(days + [f"{count} {rule}" for rule, count in counts.items()])
-
-
-class RetentionSettings(Strict):
-    """How long what is kept; the runbook's times by default."""
-
-    full_system: RetentionPolicy = RetentionPolicy(days=30)
-    components: dict[str, RetentionPolicy] = Field(default_factory=dict)
-    """For archives of single components, by the component's name; by default its kind says it."""
-    wal_days: float = Field(default=7, gt=0)
-    """How far back a recovery to a point in time reaches."""
-    imported: RetentionPolicy = RetentionPolicy()
-    """For archives that something else made."""
 
 
 class LimitsSettings(Strict):

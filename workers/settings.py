@@ -168,7 +168,9 @@ def _unknown_names(data: dict[str, Any], tables: Any) -> list[str]:
     for path, table in placed.items():
         if known and isinstance(table, dict) and "host" in table and table["host"] not in hosts:
             lines.append(f"{path}.host: there is no host {table['host']!r}; {known}")
+    offsite = data.get("offsite", {})
     named = {"schedule": schedule, "retention": data.get("retention", {})}
+    named["offsite.retention"] = offsite.get("retention", {}) if isinstance(offsite, dict) else {}
     for path, table in named.items():
         components = table.get("components", {}) if isinstance(table, dict) else {}
         for name in components if isinstance(components, dict) else ():

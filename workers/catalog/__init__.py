@@ -1,6 +1,6 @@
 """The catalogue: runs, their steps, and the artifacts they made. Only control workers write it; times are UTC."""
 
-from workers.catalog.artifacts import add_artifact, list_artifacts
+from workers.catalog.artifacts import add_artifact, drop_artifact, list_artifacts, list_verifications
 from workers.catalog.copies import add_copy, drop_copy, list_copies
 from workers.catalog.database import session
 from workers.catalog.models import (
@@ -41,6 +41,7 @@ __all__ = [
     "Verification",
     "add_artifact",
     "add_copy",
+    "drop_artifact",
     "drop_copy",
     "enter_phase",
     "find_scheduled",
@@ -49,6 +50,7 @@ __all__ = [
     "list_artifacts",
     "list_copies",
     "list_runs",
+    "list_verifications",
     "note",
     "now",
     "open_run",

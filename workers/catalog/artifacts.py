@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from sqlmodel import col, select
 
 from workers.catalog.database import session
-from workers.catalog.models import Artifact
+from workers.catalog.models import Artifact, Verification
 
 
 def list_artifacts() -> Sequence[Artifact]:
@@ -20,3 +20,20 @@ def add_artifact(artifact: Artifact) -> None:
     """Record an archive; recording it again changes nothing."""
     with session() as catalog:
         catalog.merge(artifact)
+
+
+def drop_artifact(key: str) -> None:
+    """Forget an archive; one that is not known is no error."""
+    with session() as catalog:
+        if artifact := catalog.get(Artifact, key):
+            catalog.delete(artifact)
+
+
+def list_verifications(store: str) -> dict[str, list[Verification]]:
+    """Return the ledger of a store, the oldest first, by the keys of the archives."""
+    query = select(Verification).where(Verification.store == store)
+    ledger: dict[str, list[Verification]] = {}
+    with session() as catalog:
+        for entry in catalog.exec(query.order_by(col(Verification.taken), col(Verification.id))):
+            ledger.setdefault(entry.key, []).append(entry)
+    return ledger

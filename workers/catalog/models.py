@@ -32,6 +32,10 @@ class Kind(StrEnum):
     COPY = "copy"
     """Copies to the offsite store."""
     PRUNE = "prune"
+    """Deletes archives."""
+    REBUILD = "rebuild"
+    IMPORT = "import"
+    """Takes archives of other makers into the catalogue."""
 
 
 def _text(members: type[StrEnum]) -> Any:
