@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import importlib.util
 import os
+import secrets
 import subprocess
 import time
 from collections.abc import Iterator
@@ -14,8 +15,10 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
+import docker
 import redis
 
+from compose.demo.docker_images import Images
 from compose.demo.embedded import free_port, redis_program
 from compose.demo.fingerprint_redis import fingerprint_redis
 from tasks.components.redis import Component
@@ -123,6 +126,37 @@ class Server:
                 **settings,
             }
         )
+
+
+class ContainedServer(Server):
+    """Redis 8.0 in a container; its folder is out of reach but for the container's own programs."""
+
+    def __init__(self, client: docker.DockerClient, **environment: str) -> None:
+        self.name = f"contract-redis-{secrets.token_hex(4)}"
+        self.port = free_port()  # one that Docker chooses changes when the container is started again
+        self.container = client.containers.run(
+            Images().redis,
+            ["redis-server", "--repl-diskless-sync-delay", "0"],
+            detach=True,
+            name=self.name,
+            environment={"REDIS_PASSWORD": PASSWORD, **environment},
+            ports={"6379/tcp": ("127.0.0.1", self.port)},
+        )
+
+    def component(self, **settings: Any) -> Component:
+        return Component.model_validate(
+            {
+                "name": f"cache-{self.port}",
+                "kind": "redis",
+                "host": "db1",
+                "container": self.name,
+                "password": {"env": "TEST_REDIS_PASSWORD"},
+                **settings,
+            }
+        )
+
+    def remove(self) -> None:
+        self.container.remove(force=True, v=True)
 
 
 def cli(program: Path) -> str:

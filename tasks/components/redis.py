@@ -31,7 +31,14 @@ from tasks.components.redis_swap import (
     Staged,
 )
 from workers.component import NO_OPTIONS, Part, Restore, Source, part_name, plain_command
-from workers.errors import CommandFailed, ComparisonError, IntegrityError, Permanent, RuntimeUnavailable
+from workers.errors import (
+    BackupError,
+    CommandFailed,
+    ComparisonError,
+    IntegrityError,
+    Permanent,
+    RuntimeUnavailable,
+)
 
 RDB, AOF = "redis-rdb", "redis-aof"
 
@@ -55,6 +62,8 @@ class Component(RedisServer):
         """
         info = self.source_info()
         holds: dict[str, Any] = {"server_version": info.get("valkey_version") or info["redis_version"]}
+        if modules := self.modules():
+            holds["modules"] = modules
         if self.method == "network":
             return [Source(self.name, f"{self.name}.rdb", RDB, read_network(self, holds), holds=holds)]
         layout = self.layout(info)
@@ -119,6 +128,11 @@ class Component(RedisServer):
         staging = self._staging(layout.folder, restore)
         if "old" in self._state(staging):
             return  # its swap has begun, so it was staged
+        if running and (missing := sorted(set(part.holds.get("modules", ())) - set(self.modules()))):
+            raise Permanent(
+                f"{self.name}: the backup is of a server with the modules {', '.join(missing)}, which this one has not "
+                "loaded; load them (loadmodule), or their data cannot be read"
+            )
         self.sh(PREPARE, staging)
         file = staging / "new" / layout.dbfilename
         try:
@@ -173,7 +187,11 @@ class Component(RedisServer):
             self.service.stop()
             self.sh(SWAP, staging, *staged.names)
         self.start_service()
-        if difference := staged.difference(self.loaded(), just_restored="swapped" not in state):
+        try:
+            info = self.loaded()
+        except ComparisonError as error:
+            raise ComparisonError(f"{error}{self._reason(restore)}") from error
+        if difference := staged.difference(info, just_restored="swapped" not in state):
             raise ComparisonError(f"{self.name}: the server loaded {difference}")
 
     def revert(self, restore: Restore) -> None:
@@ -189,6 +207,14 @@ class Component(RedisServer):
 
     def settle(self, restore: Restore) -> None:
         self.sh(DROP, *self._candidates(restore))
+
+    def _reason(self, restore: Restore) -> str:
+        """Say why a scratch server cannot load the backup either; nothing when it can."""
+        try:
+            self.rehearse(restore)
+        except BackupError as error:
+            return f"; {error}"
+        return ""
 
     def check(self, part: Part, chunks: Iterator[bytes]) -> None:
         """Have redis-check-rdb or redis-check-aof read it where the component lives.

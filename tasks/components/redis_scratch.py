@@ -45,7 +45,8 @@ until said=$("$cli" -s ./socket INFO 2>/dev/null) && case $said in *loading:0*) 
   if ! kill -0 "$child" 2>/dev/null; then  # lines that name a key are left out: it may be secret
     status=0; wait "$child" || status=$?; child=
     echo "the scratch server ended with status $status while it loaded it" >&2
-    grep -a ' # ' log 2>/dev/null | grep -avE " key |'|[Ww][Aa][Rr][Nn]|initialized|loaded$" | sed 's/^.* # //' | tail -n 4 >&2
+    reasons="module|[Vv]ersion|checksum|CRC|OOM|Bad file|Unexpected|EOF|more than [0-9]+ databases|xpected"
+    grep -a ' # ' log 2>/dev/null | grep -aE "$reasons" | grep -av "key '" | sed 's/^.* # //' | tail -n 4 >&2 || :
     exit 1
   fi
   sleep 0.1

@@ -238,6 +238,11 @@ class RedisServer(BaseComponent):
             raise kind(f"{self.name}: the server refused INFO: {answer.strip()[:200]}")
         return dict(line.split(":", 1) for line in answer.splitlines() if ":" in line)
 
+    def modules(self) -> list[str]:
+        """Return the names of the modules that the server has loaded; none when it does not tell."""
+        lines = self.ask("MODULE", "LIST").splitlines()
+        return sorted(value for key, value in itertools.pairwise(lines) if key == "name")
+
     def ask(self, *words: str, chunks: Sequence[bytes] = ()) -> str:
         """Return the answer to a command, or to those in ``chunks``; also an error, which redis-cli calls success."""
         argv = ["timeout", f"{ANSWER_SECONDS}", *self.client(), *words]

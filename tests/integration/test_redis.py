@@ -477,6 +477,47 @@ def test_a_server_that_is_down(server: Server) -> None:
     assert same(server.fingerprint(), other)
 
 
+def test_a_dump_that_nobody_recorded(server: Server) -> None:
+    """The runbook's `redis_*.rdb.gz`: there is nothing to compare it with but what is in it."""
+    fill(server)
+    before = server.fingerprint()
+    component = server.component()
+    part, data = back_up(component)
+    foreign = part.model_copy(update={"holds": {}})
+    replace_all(server)
+    component.check(foreign, iter([data]))
+    assert component.rehearse(restore(foreign, data))["databases"] == part.holds["databases"]
+    assert "an unrecorded number of keys" in component.overwrites([foreign])[0]
+    for step in ("stage", "swap", "settle"):
+        getattr(component, step)(restore(foreign, data))
+    assert same(server.fingerprint(), before)
+
+
+def test_data_of_a_module_that_is_not_there(plain: Server) -> None:
+    """Known from the record, it is refused before anything is touched; else it is said why, and taken back."""
+    fill(plain)
+    before = plain.fingerprint()
+    component = plain.component()
+    part, data = back_up(component)
+    recorded = part.model_copy(update={"holds": {**part.holds, "modules": ["bloom"]}})
+    with pytest.raises(Permanent, match="modules bloom, which this one has not"):
+        component.stage(restore(recorded, data))
+    letters = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789-_"
+    name = 0
+    for letter in "craftedMT":
+        name = name << 6 | letters.index(letter)
+    key = (
+        b"\x07\x01k\x81" + (name << 10).to_bytes(8, "big") + b"\x00"
+    )  # a module's value, without anything in it
+    crafted = b"REDIS0009\xfe\x00\xfb\x01\x00" + key + b"\xff" + bytes(8)
+    foreign = part.model_copy(update={"holds": {}})
+    component.stage(restore(foreign, crafted))
+    with pytest.raises(ComparisonError, match="craftedMT"):
+        component.swap(restore(foreign, crafted))
+    component.revert(restore(foreign, crafted))
+    assert same(plain.fingerprint(), before)
+
+
 def test_the_plan(plain: Server) -> None:
     fill(plain)
     part, _ = back_up(plain.component())
