@@ -41,7 +41,7 @@ case $file in *.aof) appendonly=yes ;; *) appendonly=no ;; esac
     --auto-aof-rewrite-percentage 0 --replicaof 127.0.0.1 1 --databases "$5"
 ) </dev/null >/dev/null 2>&1 &
 child=$!
-until said=$("$cli" -s ./socket INFO 2>/dev/null) && case $said in *loading:0*) ;; *) false ;; esac; do
+until said=$("$cli" -s ./socket INFO 2>/dev/null) && printf '%s\n' "$said" | grep -q "^loading:0"; do
   if ! kill -0 "$child" 2>/dev/null; then  # lines that name a key are left out: it may be secret
     status=0; wait "$child" || status=$?; child=
     echo "the scratch server ended with status $status while it loaded it" >&2
