@@ -185,6 +185,7 @@ def test_what_comes_back_is_what_was_there(server: Server, method: str, keyspace
     assert same(server.fingerprint(), before)
 
 
+@pytest.mark.parametrize("server", list(PROGRAMS), indirect=True, scope="module")
 def test_nothing_half_is_stored_and_nothing_damaged_restored(
     server: Server, method: str, tmp_path: Path
 ) -> None:
