@@ -272,11 +272,22 @@ def read_part(store: Store, key: str, part: Part) -> Iterator[bytes]:
 
     Raises ``IntegrityError``, after the last byte at the latest, when they are not what was recorded.
     """
+    for _, chunks in read_parts(store, key, [part]):
+        yield from chunks
+
+
+def read_parts(store: Store, key: str, parts: Sequence[Part]) -> Iterator[tuple[Part, Iterator[bytes]]]:
+    """Yield parts of an archive, each with its plain bytes, in the order in which they lie there; read each before the next.
+
+    Raises ``IntegrityError`` like `read_part`, and in the end when one of ``parts`` is not there.
+    """
+    wanted = {part.name: part for part in parts}
     for name, chunks in read_members(store, key):
-        if name == part.name:
-            yield from plain_chunks(part, chunks, key)
+        if part := wanted.pop(name, None):
+            yield part, plain_chunks(part, chunks, key)
+        if not wanted:
             return
-    raise IntegrityError(f"{key} holds no {part.name}")
+    raise IntegrityError(f"{key} lacks {', '.join(wanted)}")
 
 
 def plain_chunks(part: Part, chunks: Iterable[bytes], key: str) -> Iterator[bytes]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import typer
 
-from tasks.commands import backups, copies, keeping, preflight, restores, shows, wal
+from tasks.commands import backups, copies, keeping, preflight, restores, shows, verifications, wal
 from tasks.commands.common import Exit
 
 __all__ = ["Exit", "cli", "main"]
@@ -28,6 +28,7 @@ cli.command()(keeping.delete)
 cli.command()(keeping.rebuild)
 cli.command()(shows.status)
 cli.command()(preflight.preflight)
+cli.command()(verifications.verify)
 
 
 def main() -> None:

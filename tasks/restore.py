@@ -19,6 +19,7 @@ from celery import Task
 from tasks import archive
 from tasks.runs import WORKFLOWS, Work, begin
 from tasks.step import perform
+from tasks.verify import note_restored
 from tasks.wal import require_no_collection
 from workers import catalog
 from workers.app import app
@@ -304,6 +305,8 @@ class RestoreWorkflow:
             return "abort-revert" if services_ran_on else back[0]
         else:
             path = forward
+        if phase == "settle" and not failed and not run.cause:
+            note_restored(run)
         position = path.index(phase) + 1
         if phase == "abort-revert" and _stopped_nothing(run):
             return None

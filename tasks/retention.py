@@ -8,10 +8,9 @@ from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 
 from tasks.components.postgres_wal import BaseBackup
+from workers.catalog import LEVELS
 from workers.sections import RetentionPolicy
 
-LEVELS = ("exists", "checksum", "structure", "restore")
-"""The levels of verification, each deeper than the one before it."""
 PROOFS = LEVELS[1:]
 """Those that read what they prove."""
 CLOCK_SKEW = timedelta(minutes=5)

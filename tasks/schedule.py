@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime, timedelta
+from functools import partial
 
 from celery.schedules import crontab
 
 from tasks.backup import FULL_SYSTEM, backup_full_system
 from tasks.offsite import OFFSITE, copy_offsite
 from tasks.prune import PRUNE, prune
+from tasks.verify import REHEARSE, VERIFY, verify_archive
 from tasks.wal import BASE_OPTIONS, COLLECT_WAL, collect_wal, wal_components
 from workers import catalog
 from workers.app import app
@@ -32,24 +35,31 @@ def start_scheduled(job: str) -> str | None:
     """
     settings = get_settings()
     due = latest_due(parse_cron(cron_lines(settings)[job]), now() + CLOCK_SKEW)
-    if job == COLLECT_WAL:
-        collection_id: str | None = collect_wal(job=job, scheduled_at=due.isoformat())
-        return collection_id
-    if job == BASE:
-        started = [
-            backup_full_system([name], options=BASE_OPTIONS, job=f"{name}-base", scheduled_at=due.isoformat())
-            for name in wal_components(settings)
-        ]
-        return next((base_id for base_id in started if base_id), None)
-    if job == OFFSITE:
-        copy_id: str | None = copy_offsite(job=job, scheduled_at=due.isoformat())
-        return copy_id
-    if job == PRUNE:
-        prune_id: str | None = prune(job=job, scheduled_at=due.isoformat())
-        return prune_id
-    components = None if job == FULL_SYSTEM else [job]
-    run_id: str | None = backup_full_system(components, job=job, scheduled_at=due.isoformat())
+    run_id: str | None = _starter(job, settings)(job=job, scheduled_at=due.isoformat())
     return run_id
+
+
+def _starter(job: str, settings: Settings) -> Callable[..., str | None]:
+    """Return what starts the run of a job, given the ``job`` and when it was ``scheduled_at``."""
+    starters: dict[str, Callable[..., str | None]] = {
+        FULL_SYSTEM: backup_full_system,
+        COLLECT_WAL: collect_wal,
+        BASE: partial(_start_base_backups, list(wal_components(settings))),
+        OFFSITE: copy_offsite,
+        PRUNE: prune,
+        VERIFY: partial(verify_archive, level="structure"),
+        REHEARSE: partial(verify_archive, level="restore"),
+    }
+    return starters.get(job) or partial(backup_full_system, [job])
+
+
+def _start_base_backups(components: Sequence[str], *, job: str, scheduled_at: str) -> str | None:
+    """Start a base backup of each component, and return the id of one of their runs."""
+    started = [
+        backup_full_system([name], options=BASE_OPTIONS, job=f"{name}-{job}", scheduled_at=scheduled_at)
+        for name in components
+    ]
+    return next((run_id for run_id in started if run_id), None)
 
 
 @app.task(name="tasks.schedule.look_at")
@@ -83,6 +93,7 @@ def cron_lines(settings: Settings) -> dict[str, str]:
     """Return the cron line of each scheduled job; those of single components have their names."""
     schedule = settings.schedule
     lines = {FULL_SYSTEM: schedule.full_system, **schedule.components, PRUNE: schedule.prune}
+    lines |= {VERIFY: schedule.verify, REHEARSE: schedule.rehearse}
     if wal_components(settings):
         lines |= {COLLECT_WAL: schedule.wal, BASE: schedule.base}
     if settings.offsite:

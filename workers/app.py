@@ -33,6 +33,7 @@ TASK_MODULES = (
     "tasks.services",
     "tasks.wal",
     "tasks.preflight",
+    "tasks.verify",
     "tasks.watchdog",
 )
 

@@ -241,6 +241,10 @@ class ScheduleSettings(Strict):
     """When what retention does not keep is deleted."""
     offsite: Cron | None = "0 4 * * *"
     """When the offsite store gets what it lacks, beside the copy after each backup."""
+    verify: Cron | None = "0 5 * * *"
+    """When the newest full archive is read and each part of it checked by its format."""
+    rehearse: Cron | None = "0 6 * * 0"
+    """When it is restored in scratch places and compared."""
     config_watch_seconds: float = Field(default=300, ge=1)
     """How often each ``config`` component is looked at for changes."""
     watchdog_seconds: float = Field(default=30, ge=1)

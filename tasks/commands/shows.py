@@ -12,6 +12,7 @@ from rich.table import Table
 
 from tasks.commands import common
 from tasks.commands.common import Exit, From, Json, translated
+from tasks.commands.proof import DAY, proof_document, proven, show_proven, unencrypted
 from tasks.commands.wal import recoverable, show_recoverable
 from workers import catalog
 from workers.catalog import Artifact
@@ -82,7 +83,10 @@ def show(
             document = common.run_document(catalog.get_run(name))
         except CatalogError:
             store = open_store(get_settings().store)
-            document = archives.read_metadata(store, archives.resolve(store, name)).model_dump(mode="json")
+            key = archives.resolve(store, name)
+            document = archives.read_metadata(store, key).model_dump(mode="json")
+            standing = catalog.proofs(catalog.list_verifications(key)).get(("store", key))
+            document["proof"] = proof_document(standing, catalog.now())
     if as_json:
         print(json.dumps(document))
     elif "parts" in document:
@@ -104,6 +108,8 @@ def status(*, as_json: Json = False) -> None:
         runs = [common.run_document(run) for run in catalog.list_runs(limit=10)]
         newest = next((row for row in catalog.list_artifacts() if row.key.startswith("full_system/")), None)
         points = recoverable()
+        proofs = proven()
+        warnings = unencrypted(settings, list(catalog.list_artifacts()))
     age = (catalog.now() - newest.created).total_seconds() if newest else None
     document = {
         "system": settings.system.name,
@@ -111,6 +117,8 @@ def status(*, as_json: Json = False) -> None:
         "hosts": hosts,
         "newest_full_backup": newest.key if newest else None,
         "age_seconds": age,
+        "proven": proofs,
+        "warnings": warnings,
         "recoverable": points,
         "runs": runs,
     }
@@ -125,6 +133,13 @@ def status(*, as_json: Json = False) -> None:
 def _show_archive(document: dict[str, Any]) -> None:
     out = Console()
     out.print(f"{document['system_name']} {document['system_version']}, backup of {document['backup_time']}")
+    proof = document["proof"]
+    if proof is None:
+        out.print("never verified; prove it with: ai-micro-backup verify")
+    elif proof["damaged"]:
+        out.print(f"[red]damaged:[/red] {escape('; '.join(proof['wrong']))}")
+    else:
+        out.print(f"proven by {proof['level']}, {proof['age_seconds'] / DAY:.1f} d ago")
     table = Table("part", "host", "stored", "plain", "holds", box=None)
     for part in document["parts"]:
         holds = ", ".join(
@@ -149,6 +164,9 @@ def _show_status(document: dict[str, Any]) -> None:
         f"{document['newest_full_backup']}, {age / 3600:.1f} h old" if age is not None else "[red]none[/red]"
     )
     out.print(f"newest full backup: {newest}")
+    show_proven(document["proven"], out)
+    for warning in document["warnings"]:
+        out.print(f"[yellow]warning:[/yellow] {warning}", highlight=False, soft_wrap=True)
     show_recoverable(document["recoverable"])
     table = Table("run", "kind", "job", "state", "cause", box=None)
     for run in document["runs"]:

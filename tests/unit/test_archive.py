@@ -374,7 +374,7 @@ def test_every_part_is_read_back(written: World) -> None:
     assert contents(written) == [content for component in PLAIN.values() for content in component]
     assert archive.verify(written.store, FULL).parts == tuple(written.parts)
     stranger = written.parts[0].model_copy(update={"name": "stranger"})
-    with pytest.raises(IntegrityError, match="holds no stranger"):
+    with pytest.raises(IntegrityError, match="lacks stranger"):
         list(archive.read_part(written.store, FULL, stranger))
 
 

@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tasks.components.postgres_wal import BaseBackup
-from tasks.retention import LEVELS, Backup, Plan, decide
+from tasks.retention import Backup, Plan, decide
+from workers.catalog import LEVELS
 from workers.sections import RetentionPolicy
 
 START = datetime(2026, 1, 1, 2, tzinfo=UTC)

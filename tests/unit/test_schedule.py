@@ -128,7 +128,8 @@ def test_beat_sends_each_job_at_its_time_to_the_queue_that_it_belongs_to(configu
     entries = {name: entry for name, entry, _ in lines}
 
     assert [name for name, _, exists in lines if not exists] == [], "every task that beat sends exists"
-    assert set(entries) == {"full_system", "keys", "prune_stores", "look at settings", "watchdog"}
+    jobs = {"full_system", "keys", "verify", "rehearse", "prune_stores"}
+    assert set(entries) == jobs | {"look at settings", "watchdog"}
     for job, line in (("full_system", "30 3 * * *"), ("keys", "0 */6 * * *"), ("prune_stores", "30 4 * * *")):
         assert entries[job]["task"] == "tasks.schedule.start_scheduled"
         assert entries[job]["args"] == [job]
@@ -148,18 +149,21 @@ def test_a_job_that_is_switched_off_has_no_entry(configuration: Settings) -> Non
             settings.model_copy(update={"schedule": ScheduleSettings(**{"prune": None} | values)})
         )
 
-    assert lines(full_system=None) == {}
-    assert lines(full_system=None, components={"keys": "0 * * * *"}) == {"keys": "0 * * * *"}
-    assert lines() == {"full_system": "0 2 * * *"}
-    assert lines(full_system=None, prune="9 9 * * *") == {"prune_stores": "9 9 * * *"}
+    proofs = {"verify": "0 5 * * *", "rehearse": "0 6 * * 0"}
+    assert lines(full_system=None) == proofs
+    assert lines(full_system=None, verify=None, rehearse=None) == {}
+    assert lines(full_system=None, components={"keys": "0 * * * *"}) == proofs | {"keys": "0 * * * *"}
+    assert lines() == proofs | {"full_system": "0 2 * * *"}
+    assert lines(full_system=None, prune="9 9 * * *") == proofs | {"prune_stores": "9 9 * * *"}
     database = Component(name="db", kind="postgres", host="db1", wal_archive=PurePosixPath("/wal"))
     with_wal = configuration.model_copy(update={"components": {"db": database}})
-    assert lines(with_wal) == {"full_system": "0 2 * * *", "collect_wal": "0 */6 * * *", "base": "0 3 * * 0"}
-    assert lines(with_wal, full_system=None, wal=None, base=None) == {}
+    with_base = proofs | {"collect_wal": "0 */6 * * *", "base": "0 3 * * 0"}
+    assert lines(with_wal) == with_base | {"full_system": "0 2 * * *"}
+    assert lines(with_wal, full_system=None, wal=None, base=None) == proofs
     elsewhere = OffsiteSettings(store=LocalStoreSettings(path=Path("/elsewhere")))
     with_offsite = configuration.model_copy(update={"offsite": elsewhere})
-    assert lines(with_offsite) == {"full_system": "0 2 * * *", "offsite": "0 4 * * *"}
-    assert lines(with_offsite, full_system=None, offsite=None) == {}
+    assert lines(with_offsite) == proofs | {"full_system": "0 2 * * *", "offsite": "0 4 * * *"}
+    assert lines(with_offsite, full_system=None, offsite=None) == proofs
 
 
 class Clock:

@@ -3,6 +3,7 @@
 from workers.catalog.artifacts import add_artifact, drop_artifact, list_artifacts, list_verifications
 from workers.catalog.copies import add_copy, drop_copy, list_copies
 from workers.catalog.database import session
+from workers.catalog.ledger import LEVELS, Proof, add_verification, list_verifications, proofs
 from workers.catalog.models import (
     RUN_ID_FORMAT,
     Artifact,
@@ -30,10 +31,12 @@ from workers.catalog.runs import (
 
 __all__ = [
     "BESIDE_NO_RESTORE",
+    "LEVELS",
     "RUN_ID_FORMAT",
     "Artifact",
     "Copy",
     "Kind",
+    "Proof",
     "Run",
     "State",
     "Step",
@@ -41,6 +44,7 @@ __all__ = [
     "Verification",
     "add_artifact",
     "add_copy",
+    "add_verification",
     "drop_artifact",
     "drop_copy",
     "enter_phase",
@@ -54,6 +58,7 @@ __all__ = [
     "note",
     "now",
     "open_run",
+    "proofs",
     "save_step",
     "session",
     "steps_of",

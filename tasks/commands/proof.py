@@ -1,0 +1,80 @@
+"""What `status` and `show` say of how far backups are proven and protected."""
+
+from __future__ import annotations
+
+from datetime import datetime
+from pathlib import PurePosixPath
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+
+from workers import catalog
+from workers.catalog import Artifact, Proof
+from workers.settings import Settings
+
+DAY = 86400.0
+
+
+def proof_document(proof: Proof | None, moment: datetime) -> dict[str, Any] | None:
+    """Return how an archive stands, as one JSON document; ``None`` when nothing was ever verified."""
+    if proof is None:
+        return None
+    return {
+        "level": proof.level,
+        "taken": proof.taken.isoformat(),
+        "age_seconds": (moment - proof.taken).total_seconds(),
+        "damaged": proof.damaged,
+        "wrong": list(proof.wrong),
+    }
+
+
+def proven() -> dict[str, Any]:
+    """Return the newest archive that was restored, and that was proven at all, and those known to be damaged."""
+    moment, standing = catalog.now(), catalog.proofs(catalog.list_verifications())
+    found: dict[str, Any] = {"restored": None, "proven": None, "damaged": []}
+    for artifact in catalog.list_artifacts():
+        proof = standing.get(("store", artifact.key))
+        if proof is None:
+            continue
+        document = {"archive": artifact.key, **(proof_document(proof, moment) or {})}
+        if proof.damaged:
+            found["damaged"].append(document)
+        elif artifact.key.startswith("full_system/") and proof.level in catalog.LEVELS[1:]:
+            found["proven"] = found["proven"] or document
+            if proof.level == "restore":
+                found["restored"] = found["restored"] or document
+    return found
+
+
+def unencrypted(settings: Settings, artifacts: list[Artifact]) -> list[str]:
+    """Return a warning for what holds secrets in clear text: the archives to come, and those that are there."""
+    warnings = []
+    if not settings.encryption.recipients:
+        warnings.append(
+            "backups of .env files and private keys are not encrypted: name encryption.recipients"
+        )
+    elif clear := [
+        artifact.key
+        for artifact in artifacts
+        if any(not part.get("encryption") for part in artifact.details.get("parts", ()))
+    ]:
+        warnings.append(
+            f"{len(clear)} archive(s) from before encryption are readable by whoever reads the store"
+        )
+    return warnings
+
+
+def show_proven(document: dict[str, Any], out: Console) -> None:
+    """Print what `proven` found."""
+    for key, words in (("proven", "newest proven"), ("restored", "newest restored")):
+        found = document[key]
+        if found is None:
+            out.print(f"{words}: [red]none[/red]; prove one with: ai-micro-backup verify --level restore")
+        else:
+            age = found["age_seconds"] / DAY
+            name = PurePosixPath(found["archive"]).name
+            out.print(f"{words}: {name} by {found['level']}, {age:.1f} d ago", highlight=False)
+    for found in document["damaged"]:
+        wrong = escape("; ".join(found["wrong"]))
+        out.print(f"[red]damaged:[/red] {found['archive']}: {wrong}", highlight=False, soft_wrap=True)

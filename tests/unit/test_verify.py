@@ -1,0 +1,191 @@
+"""Verifications without a broker: what each level sees, and what the ledger says after it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+
+from tasks import archive, verify
+from tasks.verify import VerifyWorkflow, compare_object
+from tests.configured import configured, write_settings
+from workers import catalog
+from workers.catalog import Kind, Proof, Run, Step, Verification
+from workers.errors import ComparisonError, IntegrityError, ObjectNotFound
+from workers.progress import Item, Progress
+from workers.storage.local import LocalStore
+
+OLD = Path(__file__).parents[1] / "data"
+KEY = "full_system/full_backup_20261126_161150.tar.gz"
+STARTED = datetime(2026, 11, 26, tzinfo=UTC)
+
+
+class Seen:
+    """Progress that nobody looks at."""
+
+    def add(self, label: str, expected: int | None) -> Item:
+        return Item(label, expected)
+
+
+SEEN = cast("Progress", Seen())
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> LocalStore:
+    """A store with an archive and its record."""
+    store = LocalStore(tmp_path / "store")
+    for file in OLD.glob("full_backup_*"):
+        store.put(f"full_system/{file.name}", [file.read_bytes()])
+    return store
+
+
+@pytest.fixture
+def ledger(tmp_path: Path) -> Iterator[None]:
+    with configured(
+        write_settings(tmp_path, more=f'[catalog]\nurl = "sqlite:///{tmp_path / "catalog.sqlite"}"')
+    ):
+        yield
+
+
+def change(store: LocalStore, change: Callable[[bytes], bytes]) -> None:
+    content = b"".join(store.get(KEY))
+    store.delete(KEY)
+    store.put(KEY, [change(content)])
+
+
+def flip(content: bytes) -> bytes:
+    middle = len(content) // 2
+    return content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :]
+
+
+def test_the_object_is_compared_with_its_record(store: LocalStore) -> None:
+    assert compare_object(store, KEY, progress=None) == {"bytes": 154889}
+    assert compare_object(store, KEY, progress=SEEN)["sha256"] == archive.read_sidecar(store, KEY).sha256
+
+    change(store, flip)
+    compare_object(store, KEY, progress=None)  # nobody looked at its bytes
+    with pytest.raises(IntegrityError, match=r"has the SHA-256 .* recorded was"):
+        compare_object(store, KEY, progress=SEEN)
+
+
+@pytest.mark.parametrize("cut", [lambda content: content[:-1], lambda content: content[:999]])
+def test_a_size_that_is_not_recorded_is_seen_without_reading(
+    store: LocalStore, cut: Callable[[bytes], bytes]
+) -> None:
+    change(store, cut)
+    with pytest.raises(IntegrityError, match="bytes, recorded were 154889"):
+        compare_object(store, KEY, progress=None)
+
+
+def test_an_object_or_a_record_that_is_gone_is_seen(store: LocalStore) -> None:
+    store.delete(KEY)
+    with pytest.raises(ObjectNotFound):
+        compare_object(store, KEY, progress=None)
+    store.delete(archive.sidecar_key(KEY))
+    with pytest.raises(ObjectNotFound):
+        compare_object(store, KEY, progress=None)
+
+
+def test_errors_that_speak_of_the_archive_are_told_from_those_that_do_not() -> None:
+    def fails(error: Exception) -> Any:
+        def work(_lease: Any) -> dict[str, Any]:
+            raise error
+
+        return verify._judged(work, cast("Any", None))
+
+    assert fails(ComparisonError("3 rows of 4")) == {"bad": "3 rows of 4"}
+    with pytest.raises(OSError, match="no"):
+        fails(OSError("no"))
+
+
+def opened(level: str) -> Run:
+    run = catalog.open_run(
+        Kind.VERIFY, job="manual", components=["keys"], archive=KEY, options={"level": level}
+    )
+    assert run is not None
+    return run
+
+
+def step(run: Run, phase: str, name: str, **end: Any) -> Step:
+    return Step(
+        run_id=run.id, phase=phase, name=name, task="t", args=[], queue="control", lease=name, task_id=name,
+        sent=STARTED, last_seen=STARTED, **end,
+    )  # fmt: skip
+
+
+def test_levels_follow_each_other_up_to_the_one_asked_for_and_each_is_written_once(ledger: None) -> None:
+    run, workflow, seen = opened("structure"), VerifyWorkflow(), []
+    phase: str | None = workflow.first
+    while phase is not None:
+        seen.append((phase, [work.name for work in workflow.work(run, phase)]))
+        steps = [step(run, phase, name, result={"found": {"bytes": 7}}) for name in seen[-1][1]]
+        workflow.following(run, phase, steps)
+        phase = workflow.following(run, phase, steps)
+
+    assert seen == [("exists", ["archive"]), ("checksum", ["archive"]), ("structure", ["archive", "keys"])]
+    lines = catalog.list_verifications(KEY)
+    assert [(line.level, line.ok, line.run_id) for line in lines] == [
+        (name, True, run.id) for name, _ in seen
+    ]
+    assert catalog.proofs(lines)["store", KEY].level == "structure"
+
+
+def test_what_is_wrong_ends_the_run_loudly_and_stands_in_the_ledger(ledger: None) -> None:
+    run, workflow = opened("restore"), VerifyWorkflow()
+
+    steps = [
+        step(run, "structure", "keys", result={"bad": "a byte differs"}),
+        step(run, "structure", "archive", result={"found": {}}),
+    ]
+    assert workflow.following(run, "structure", steps) is None
+    assert catalog.finish_run(run.id)
+    assert catalog.get_run(run.id).state is catalog.State.FAILED
+    assert catalog.get_run(run.id).cause == "structure: keys: a byte differs"
+    (line,) = catalog.list_verifications()
+    assert (line.ok, line.details) == (False, {"wrong": ["keys: a byte differs"]})
+
+
+def test_what_could_not_be_verified_is_no_verdict(ledger: None) -> None:
+    run = opened("restore")
+
+    assert (
+        VerifyWorkflow().following(run, "restore", [step(run, "restore", "keys", error="no worker on app1")])
+        is None
+    )
+    assert catalog.get_run(run.id).cause == "it could not be verified: restore keys: no worker on app1"
+    assert catalog.list_verifications() == []
+
+
+def test_how_an_archive_stands_follows_from_all_that_was_said_of_it() -> None:
+    def line(minute: int, level: str, *, ok: bool = True, store: str = "store") -> Verification:
+        details = {} if ok else {"wrong": ["it is short"]}
+        taken = STARTED + timedelta(minutes=minute)
+        return Verification(
+            key=KEY, store=store, level=level, ok=ok, taken=taken, run_id=f"{minute}", details=details
+        )
+
+    def stands(*lines: Verification) -> Proof:
+        return catalog.proofs(lines)["store", KEY]
+
+    deep, shallow = line(1, "restore"), line(2, "checksum")
+    assert stands(deep, shallow) == Proof("restore", deep.taken)
+    assert stands(shallow, line(3, "structure")).level == "structure"
+    wrong = line(4, "exists", ok=False)
+    assert stands(deep, wrong) == Proof(None, wrong.taken, damaged=True, wrong=("it is short",))
+    assert stands(deep, wrong, line(5, "checksum")) == Proof("checksum", STARTED + timedelta(minutes=5))
+    assert catalog.proofs([line(1, "restore", store="offsite")]).keys() == {("offsite", KEY)}
+
+
+def test_a_restore_of_all_is_proof_and_of_some_is_none(store: LocalStore, ledger: None) -> None:
+    held = list(dict.fromkeys(part.component for part in archive.read_metadata(store, KEY).parts))
+    runs = []
+    for components in (held[:2], held):
+        run = catalog.open_run(Kind.RESTORE, job="manual", components=components, archive=KEY)
+        assert run is not None
+        verify.note_restored(run)
+        catalog.finish_run(run.id)
+        runs.append(run.id)
+    assert [(line.level, line.run_id) for line in catalog.list_verifications()] == [("restore", runs[1])]
