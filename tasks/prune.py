@@ -17,12 +17,12 @@ from tasks import archive
 from tasks.components import postgres_wal
 from tasks.components.postgres_wal import BaseBackup
 from tasks.rebuild import scan
-from tasks.retention import LEVELS, Backup, Plan, decide
+from tasks.retention import Backup, Plan, decide
 from tasks.runs import WORKFLOWS, OnePhase, Work, begin
 from tasks.step import perform
 from workers import catalog
 from workers.app import app
-from workers.catalog import Artifact, Kind, Run, State, Verification
+from workers.catalog import Artifact, Kind, Proof, Run, State
 from workers.errors import NotConfirmed, Permanent
 from workers.hosts import CONTROL
 from workers.locks import Lease
@@ -208,18 +208,13 @@ def known_archives(table: str) -> tuple[list[Backup], list[str]]:
         found = list(scan(store))
         notes += [f"{item.key}: {item.note}" for item in found if item.note]
         rows = [archive.artifact_of(item.archive) for item in found if item.archive]
-    ledger = catalog.list_verifications(table)
-    return [backup_of(row, ledger.get(row.key, ())) for row in rows], notes
+    standing = catalog.proofs(catalog.list_verifications())
+    return [backup_of(row, standing.get((table, row.key))) for row in rows], notes
 
 
-def backup_of(artifact: Artifact, ledger: Sequence[Verification]) -> Backup:
-    """Return what retention knows of an archive; ``ledger`` is what was proven of it, the oldest first."""
+def backup_of(artifact: Artifact, proof: Proof | None) -> Backup:
+    """Return what retention knows of an archive; ``proof`` is how the ledger says it stands."""
     parts = artifact.details["parts"]
-    proven: list[str] = []
-    damaged = False
-    for entry in ledger:
-        damaged = not entry.ok
-        proven = [*proven, entry.level] if entry.ok else []
     # A base backup and a dump of one component do not replace each other.
     names = sorted({part["component"] + (" base" if part["kind"] == BASE else "") for part in parts})
     full = artifact.key.startswith(archive.FOLDERS[0])
@@ -228,8 +223,8 @@ def backup_of(artifact: Artifact, ledger: Sequence[Verification]) -> Backup:
         created=artifact.created,
         series=IMPORTED if artifact.job == "import" else "full_system" if full else "+".join(names),
         holds=frozenset((part["component"], part["kind"]) for part in parts),
-        proven=_deepest(proven),
-        damaged=damaged,
+        proven=proof.level if proof else None,
+        damaged=proof is not None and proof.damaged,
         bases={
             part["component"]: BaseBackup.of(artifact.key, part["holds"])
             for part in parts
@@ -237,10 +232,6 @@ def backup_of(artifact: Artifact, ledger: Sequence[Verification]) -> Backup:
         },
         needs=frozenset(key for part in parts for key in part["holds"].get("needs", ())),
     )
-
-
-def _deepest(levels: Iterable[str]) -> str | None:
-    return max(levels, key=lambda level: LEVELS.index(level) if level in LEVELS else -1, default=None)
 
 
 def policies_of(

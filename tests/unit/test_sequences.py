@@ -313,10 +313,10 @@ def rows() -> dict[str, dict[str, Any]]:
 
 def newest_proven(artifacts: Any) -> Iterator[Artifact]:
     """Yield, for each component, its newest archive that was proven and not found damaged since."""
-    ledger = catalog.list_verifications("store")
+    standing = catalog.proofs(catalog.list_verifications())
     for component in ("docs", "rules"):
         for row in artifacts:
-            backup = backup_of(row, ledger.get(row.key, ()))
+            backup = backup_of(row, standing.get(("store", row.key)))
             if backup.proven and not backup.damaged and component in {name for name, _ in backup.holds}:
                 yield row
                 break

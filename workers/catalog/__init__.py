@@ -1,6 +1,6 @@
 """The catalogue: runs, their steps, and the artifacts they made. Only control workers write it; times are UTC."""
 
-from workers.catalog.artifacts import add_artifact, drop_artifact, list_artifacts, list_verifications
+from workers.catalog.artifacts import add_artifact, drop_artifact, list_artifacts
 from workers.catalog.copies import add_copy, drop_copy, list_copies
 from workers.catalog.database import session
 from workers.catalog.ledger import LEVELS, Proof, add_verification, list_verifications, proofs

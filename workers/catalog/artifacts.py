@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from sqlmodel import col, select
 
 from workers.catalog.database import session
-from workers.catalog.models import Artifact, Verification
+from workers.catalog.models import Artifact
 
 
 def list_artifacts() -> Sequence[Artifact]:
@@ -27,13 +27,3 @@ def drop_artifact(key: str) -> None:
     with session() as catalog:
         if artifact := catalog.get(Artifact, key):
             catalog.delete(artifact)
-
-
-def list_verifications(store: str) -> dict[str, list[Verification]]:
-    """Return the ledger of a store, the oldest first, by the keys of the archives."""
-    query = select(Verification).where(Verification.store == store)
-    ledger: dict[str, list[Verification]] = {}
-    with session() as catalog:
-        for entry in catalog.exec(query.order_by(col(Verification.taken), col(Verification.id))):
-            ledger.setdefault(entry.key, []).append(entry)
-    return ledger
