@@ -163,6 +163,11 @@ def bare(name: str) -> str:
     return name.removesuffix(ENCRYPTED).removesuffix(SUFFIX)
 
 
+def means(name: str, key: str) -> bool:
+    """Say whether ``name`` is that of the archive ``key``: the key, its file name, or either without its suffix."""
+    return bare(name) in (bare(key), PurePosixPath(bare(key)).name)
+
+
 def sidecar_key(key: str) -> str:
     """Return the key of the metadata that is committed after the archive ``key``."""
     return bare(key) + SIDECAR_SUFFIX
@@ -204,7 +209,7 @@ def resolve(store: Store, name: str) -> str:
     """
     keys = [item.key for prefix in FOLDERS for item in store.list(prefix) if is_archive(item.key)]
     for key in keys:
-        if bare(name) in (bare(key), PurePosixPath(bare(key)).name):
+        if means(name, key):
             return key
     newest = (
         ", ".join(PurePosixPath(key).name for key in sorted(keys, key=lambda key: bare(key)[-15:])[-3:])

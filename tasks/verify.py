@@ -57,9 +57,10 @@ def verify_archive(
         raise Permanent(f"there is no level {level!r}; there are {', '.join(LEVELS)}")
     settings = get_settings()
     opened = open_store(settings.store_of(store))
-    key = archive.resolve(opened, name) if name else _newest_full()
-    components = list(dict.fromkeys(part.component for part in archive.read_metadata(opened, key).parts))
-    if unknown := [component for component in components if component not in settings.components]:
+    key = _find(opened, store, name) if name else _newest_full()
+    components = _components(opened, key)
+    deep = level in ("structure", "restore")
+    if deep and (unknown := [component for component in components if component not in settings.components]):
         raise Permanent(f"the settings know no component {', '.join(unknown)}, which {key} holds")
     when = datetime.fromisoformat(scheduled_at) if scheduled_at else None
     run = catalog.open_run(
@@ -82,6 +83,26 @@ def _newest_full() -> str:
         if artifact.key.startswith("full_system/"):
             return artifact.key
     raise ObjectNotFound("there is no full archive to verify yet")
+
+
+def _find(store: Store, table: str, name: str) -> str:
+    """Return the key of the archive that ``name`` means, even of one that the catalogue knows and the store has lost."""
+    try:
+        return archive.resolve(store, name)
+    except ObjectNotFound:
+        for artifact in catalog.list_artifacts() if table == "store" else ():
+            if archive.means(name, artifact.key):
+                return artifact.key
+        raise
+
+
+def _components(store: Store, key: str) -> list[str]:
+    """Return what an archive holds by its record; nothing without a sound one, which the first level reports."""
+    try:
+        parts = archive.read_sidecar(store, key).metadata.parts
+    except BAD:
+        return []
+    return list(dict.fromkeys(part.component for part in parts))
 
 
 @app.task(bind=True, name="tasks.verify.verify_bytes")
@@ -145,8 +166,10 @@ def compare_object(store: Store, key: str, *, progress: Progress | None) -> dict
     """
     record = archive.read_sidecar(store, key)
     size = store.stat(key).size
-    if size < SMALLEST or size != record.size:
+    if size != record.size:
         raise IntegrityError(f"{key} has {size} bytes, recorded were {record.size}")
+    if size < SMALLEST:
+        raise IntegrityError(f"{key} has {size} bytes, an archive has at least {SMALLEST}")
     if progress is None:
         return {"bytes": size}
     digest = Digest()

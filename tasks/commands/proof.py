@@ -29,18 +29,23 @@ def proof_document(proof: Proof | None, moment: datetime) -> dict[str, Any] | No
     }
 
 
+def _of_archive(key: str, store: str, proof: Proof, moment: datetime) -> dict[str, Any]:
+    return {"archive": key, "store": store, **(proof_document(proof, moment) or {})}
+
+
 def proven() -> dict[str, Any]:
-    """Return the newest archive that was restored, and that was proven at all, and those known to be damaged."""
+    """Return the newest archive that was restored, and that was proven at all, and those damaged in any store."""
     moment, standing = catalog.now(), catalog.proofs(catalog.list_verifications())
     found: dict[str, Any] = {"restored": None, "proven": None, "damaged": []}
     for artifact in catalog.list_artifacts():
+        for (store, key), standing_there in standing.items():
+            if key == artifact.key and standing_there.damaged:
+                found["damaged"].append(_of_archive(key, store, standing_there, moment))
         proof = standing.get(("store", artifact.key))
-        if proof is None:
+        if proof is None or proof.damaged:
             continue
-        document = {"archive": artifact.key, **(proof_document(proof, moment) or {})}
-        if proof.damaged:
-            found["damaged"].append(document)
-        elif artifact.key.startswith("full_system/") and proof.level in catalog.LEVELS[1:]:
+        document = _of_archive(artifact.key, "store", proof, moment)
+        if artifact.key.startswith("full_system/") and proof.level in catalog.LEVELS[1:]:
             found["proven"] = found["proven"] or document
             if proof.level == "restore":
                 found["restored"] = found["restored"] or document
@@ -77,4 +82,5 @@ def show_proven(document: dict[str, Any], out: Console) -> None:
             out.print(f"{words}: {name} by {found['level']}, {age:.1f} d ago", highlight=False)
     for found in document["damaged"]:
         wrong = escape("; ".join(found["wrong"]))
-        out.print(f"[red]damaged:[/red] {found['archive']}: {wrong}", highlight=False, soft_wrap=True)
+        where = "" if found["store"] == "store" else f" in {found['store']}"
+        out.print(f"[red]damaged:[/red] {found['archive']}{where}: {wrong}", highlight=False, soft_wrap=True)

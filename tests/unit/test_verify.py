@@ -10,11 +10,12 @@ from typing import Any, cast
 import pytest
 
 from tasks import archive, verify
+from tasks.commands.proof import proven
 from tasks.verify import VerifyWorkflow, compare_object
 from tests.configured import configured, write_settings
 from workers import catalog
 from workers.catalog import Kind, Proof, Run, Step, Verification
-from workers.errors import ComparisonError, IntegrityError, ObjectNotFound
+from workers.errors import ComparisonError, IntegrityError, ObjectNotFound, Permanent
 from workers.progress import Item, Progress
 from workers.storage.local import LocalStore
 
@@ -189,3 +190,91 @@ def test_a_restore_of_all_is_proof_and_of_some_is_none(store: LocalStore, ledger
         catalog.finish_run(run.id)
         runs.append(run.id)
     assert [(line.level, line.run_id) for line in catalog.list_verifications()] == [("restore", runs[1])]
+
+
+@pytest.fixture
+def begun(ledger: None, monkeypatch: pytest.MonkeyPatch) -> list[Run]:
+    """The runs that were begun; nobody works on them."""
+    runs: list[Run] = []
+    monkeypatch.setattr(verify, "begin", runs.append)
+    return runs
+
+
+def first_level(store: LocalStore, run: Run) -> str:
+    """Do the first level of a run as its step does, and return the cause that the run has after it."""
+    workflow = VerifyWorkflow()
+    (work,) = workflow.work(run, workflow.first)
+    result = verify._judged(lambda _lease: compare_object(store, KEY, progress=None), cast("Any", None))
+    assert (
+        workflow.following(run, workflow.first, [step(run, workflow.first, work.name, result=result)]) is None
+    )
+    return str(catalog.get_run(run.id).cause)
+
+
+@pytest.mark.parametrize("named", [True, False])
+def test_an_archive_that_the_store_has_lost_is_a_run_that_fails_and_stands_in_the_ledger(
+    store: LocalStore, begun: list[Run], named: bool
+) -> None:
+    catalog.add_artifact(archive.artifact_of(archive.read_sidecar(store, KEY)))
+    store.delete(KEY)
+
+    run_id = verify.verify_archive("full_backup_20261126_161150" if named else None, level="checksum")
+
+    assert [(run.id, run.archive) for run in begun] == [(run_id, KEY)]
+    assert KEY in first_level(store, begun[0])
+    assert [(line.level, line.ok) for line in catalog.list_verifications(KEY)] == [("exists", False)]
+    with pytest.raises(ObjectNotFound, match="there is no archive"):
+        verify.verify_archive("full_backup_20200101_000000", level="checksum")
+
+
+def test_a_damaged_record_is_a_run_that_fails_whatever_else_is_damaged(
+    store: LocalStore, begun: list[Run]
+) -> None:
+    change(store, lambda content: b"rubbish" + content)
+    store.delete(archive.sidecar_key(KEY))
+    store.put(archive.sidecar_key(KEY), [b"{"])
+
+    verify.verify_archive(KEY, level="restore")
+
+    assert "the record" in first_level(store, begun[0])
+    assert [line.ok for line in catalog.list_verifications(KEY)] == [False]
+
+
+def test_components_that_the_settings_do_not_know_are_asked_for_by_the_deeper_levels_only(
+    store: LocalStore, begun: list[Run]
+) -> None:
+    for level in ("structure", "restore"):
+        with pytest.raises(
+            Permanent, match=r"the settings know no component postgres, .*auth-keys.*, which full_"
+        ):
+            verify.verify_archive(KEY, level=level)
+    assert begun == []
+    verify.verify_archive(KEY, level="checksum")
+    assert len(begun) == 1
+
+
+def test_an_archive_too_small_to_be_one_is_refused_whatever_was_recorded(store: LocalStore) -> None:
+    record = archive.read_sidecar(store, KEY)
+    change(store, lambda content: content[:999])
+    store.delete(archive.sidecar_key(KEY))
+    store.put(archive.sidecar_key(KEY), [record.model_copy(update={"size": 999}).model_dump_json().encode()])
+    with pytest.raises(IntegrityError, match="has 999 bytes, an archive has at least 1000"):
+        compare_object(store, KEY, progress=None)
+
+
+def test_the_status_names_the_newest_proven_and_every_damaged_one_wherever_it_lies(
+    store: LocalStore, ledger: None
+) -> None:
+    catalog.add_artifact(archive.artifact_of(archive.read_sidecar(store, KEY)))
+    assert proven() == {"restored": None, "proven": None, "damaged": []}
+    for name, level, ok in (("store", "restore", True), ("offsite", "checksum", False)):
+        details = {} if ok else {"wrong": ["a byte differs"]}
+        catalog.add_verification(
+            Verification(
+                key=KEY, store=name, level=level, ok=ok, taken=catalog.now(), run_id=name, details=details
+            )
+        )
+
+    found = proven()
+    assert (found["restored"]["archive"], found["proven"]["level"]) == (KEY, "restore")
+    assert [(line["store"], line["wrong"]) for line in found["damaged"]] == [("offsite", ["a byte differs"])]
