@@ -8,7 +8,17 @@ from __future__ import annotations
 
 import typer
 
-from tasks.commands import backups, copies, keeping, preflight, restores, shows, verifications, wal
+from tasks.commands import (
+    backups,
+    copies,
+    keeping,
+    preflight,
+    recoveries,
+    restores,
+    shows,
+    verifications,
+    wal,
+)
 from tasks.commands.common import Exit
 
 __all__ = ["Exit", "cli", "main"]
@@ -21,6 +31,7 @@ cli.command()(wal.collect)
 cli.command()(copies.offsite)
 cli.command()(restores.restore)
 cli.command()(restores.plan)
+cli.command()(recoveries.recover)
 cli.command("list")(shows.list_archives)
 cli.command()(shows.show)
 cli.command()(keeping.prune)

@@ -33,6 +33,9 @@ from workers.runtime import sweep
 from workers.settings import get_settings
 from workers.storage import Store, open_store
 
+FOUND = frozenset(("reached", "start"))
+"""What components find out when they stage, and a run tells: see `Restore.found`."""
+
 
 @app.task(name="tasks.restore.restore_full_system")
 def restore_full_system(
@@ -170,7 +173,7 @@ def restore_step(
                     "settle": component.settle,
                 }[action](restore)
             lease.check()
-        return {"warnings": restore.warnings} if restore.warnings else {}
+        return restore.found | ({"warnings": restore.warnings} if restore.warnings else {})
 
     return perform(self, name, work)
 
@@ -286,6 +289,12 @@ class RestoreWorkflow:
         if phase == "inspect":
             PlanWorkflow().following(run, phase, steps)
             run = catalog.get_run(run.id)
+        if phase == "stage":
+            for step in steps:
+                catalog.note(
+                    run.id,
+                    outcome={key: (step.result or {})[key] for key in FOUND & (step.result or {}).keys()},
+                )
         if phase == "look":
             catalog.note(
                 run.id,

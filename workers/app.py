@@ -27,6 +27,7 @@ TASK_MODULES = (
     "tasks.offsite",
     "tasks.prune",
     "tasks.rebuild",
+    "tasks.recover",
     "tasks.restore",
     "tasks.runs",
     "tasks.schedule",

@@ -119,6 +119,8 @@ class Restore:
     """Where the archive lies, for what a restore needs beside its parts: WAL segments."""
     warnings: list[str] = field(default_factory=list)
     """What could not be restored, without being a reason to fail: the run's record says it."""
+    found: dict[str, Any] = field(default_factory=dict)
+    """What the steps found out, for the run's outcome."""
 
 
 class BaseComponent(Location):

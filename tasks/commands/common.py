@@ -106,6 +106,14 @@ def follow(run_id: str, *, wait: bool, as_json: bool) -> None:
     elif run.state is State.COMPLETE:
         what = f", archive {run.archive}" if run.archive else ""
         console.print(f"[green]complete:[/green] {run.kind} {run.id}{what}", highlight=False)
+        if reached := run.outcome.get("reached"):
+            console.print(
+                f"recovered {reached['target']}: position {reached['lsn']}, last commit {reached['last_commit'] or 'none'}, "
+                f"now on timeline {reached['timeline']}; {reached['stopped'] or 'end of the WAL'}",
+                highlight=False,
+            )
+        if start := run.outcome.get("start"):
+            console.print(f"start it {start}", highlight=False)
         if ill := run.outcome.get("ill"):
             console.print(f"[yellow]not asked for their health, being ill before:[/yellow] {', '.join(ill)}")
     elif run.state is State.RUNNING:

@@ -20,8 +20,9 @@ from typing import Any, ClassVar, Literal, cast
 from pydantic import Field
 
 from tasks.components.postgres_base import BASE, base_by_hand, base_source, check_base
-from tasks.components.postgres_options import BackupOptions
+from tasks.components.postgres_options import BackupOptions, RestoreOptions
 from tasks.components.postgres_preflight import NO_WAL, preflight_server, preflight_wal
+from tasks.components.postgres_recovery import Recovery, is_base
 from tasks.components.postgres_roles import globals_argv, role_created
 from tasks.components.postgres_swap import OWN_DATABASES, Swap
 from tasks.components.psql import OPTIONS, ProcessGroup, Server, Session, Statement, literal, statements
@@ -79,6 +80,7 @@ class Component(BaseComponent):
 
     metadata_key: ClassVar[str] = "postgresql"
     backup_options: ClassVar[type[Options]] = BackupOptions
+    restore_options: ClassVar[type[Options]] = RestoreOptions
 
     kind: Literal["postgres"]
     user: str = "postgres"
@@ -95,6 +97,8 @@ class Component(BaseComponent):
     """Seconds that a statement waits for a lock that somebody holds, on a table or database, before it fails."""
     maintenance_database: str = "postgres"
     """Where to connect for what concerns no single database."""
+    data_dir: PurePosixPath | None = None
+    """The data folder, for recoveries; in containers by default ``/var/lib/postgresql/data``."""
     wal_archive: PurePosixPath | None = None
     """The folder, where the server is, into which its ``archive_command`` or ``pg_receivewal`` puts WAL. ``None``: WAL is not
     collected."""
@@ -182,6 +186,8 @@ class Component(BaseComponent):
     # -- restore ------------------------------------------------------------------------------------------------
 
     def overwrites(self, parts: Sequence[Part], options: Mapping[str, Any] = NO_OPTIONS) -> list[str]:
+        if is_base(parts):
+            return [Recovery(self, Restore("", parts, lambda _: iter(()), options)).would_overwrite()]
         server = self._server(self._maintenance(parts))
         lines = []
         with server.session(self._maintenance(parts)) as session:
@@ -254,6 +260,11 @@ class Component(BaseComponent):
         that, in the words of the server's own version, and reads no more than the dump's head; only the name is
         changed. That holds for any dump, whoever made it, which a list of catalogue columns would not.
         """
+        if is_base(restore.parts):
+            Recovery(self, restore).stage()
+            return
+        if RestoreOptions.model_validate(dict(restore.options)).recovers:
+            raise Permanent(f"{self._place}: the archive holds dumps; a recovery begins with a base backup")
         dumps = self._dumps(restore.parts)
         server = self._server(self._maintenance(restore.parts))
         for part in restore.parts:
@@ -291,14 +302,23 @@ class Component(BaseComponent):
                 raise
 
     def swap(self, restore: Restore) -> None:
+        if is_base(restore.parts):
+            Recovery(self, restore).swap()
+            return
         server = self._server(self._maintenance(restore.parts))
         names = list(self._dumps(restore.parts))
         self._beside(server, restore).swap(names, self._record(restore))
 
     def revert(self, restore: Restore) -> None:
+        if is_base(restore.parts):
+            Recovery(self, restore).revert()
+            return
         self._beside(self._server(self._maintenance(restore.parts)), restore).revert()
 
     def settle(self, restore: Restore) -> None:
+        if is_base(restore.parts):
+            Recovery(self, restore).settle()
+            return
         self._beside(self._server(self._maintenance(restore.parts)), restore).settle()
 
     def _require_room(self, server: Server, parts: Sequence[Part]) -> None:

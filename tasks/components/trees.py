@@ -95,6 +95,10 @@ class Tree:
                 run(self.runtime, ["sh", "-c", '[ ! -e "$0" ] || "$@" "$0"', str(new / name), *command])
         self._step("staged", restore)
 
+    def staged(self, restore: Restore) -> None:
+        """Note that all is staged, for callers that put it there themselves."""
+        self._step("staged", restore)
+
     def swap(self, restore: Restore) -> None:
         """Move what stands to the staging folder, and what was staged into its place."""
         self._step("swap", restore)
