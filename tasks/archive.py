@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 import tarfile
 from collections.abc import Iterable, Iterator, Sequence
@@ -16,6 +15,7 @@ from celery import Task
 
 from tasks import handbook
 from tasks.step import perform
+from tasks.tar_members import tar_members
 from workers import catalog, streams
 from workers.app import app
 from workers.catalog import Artifact, Run, Step
@@ -37,7 +37,6 @@ SUFFIX = ".tar.gz"
 SIDECAR_SUFFIX = ".metadata.json"
 SEAL = "record_sha256"
 """Key of a record's digest of all else in it."""
-CHUNK = 1 << 20
 FOLDERS = ("full_system/", "components/")
 """Prefixes of the keys of the archives that this system makes."""
 
@@ -114,7 +113,6 @@ def write_archive(run: Run, steps: Sequence[Step], lease: Lease, progress: Progr
     store = open_store(settings.store)
     recipients = settings.encryption.recipients
     key = archive_key(run, settings)
-    sidecar = sidecar_key(key)
     try:
         return read_sidecar(store, key)
     except ObjectNotFound:
@@ -139,7 +137,7 @@ def write_archive(run: Run, steps: Sequence[Step], lease: Lease, progress: Progr
             metadata = verify(store, key)
     archive = Archive(key=key, size=digest.size, sha256=digest.sha256, metadata=metadata)
     try:
-        store.put(sidecar, [_sealed(archive)])
+        write_sidecar(store, archive)
     except ObjectExists:  # written by somebody else in the meantime
         return read_sidecar(store, key)
     return archive
@@ -193,6 +191,11 @@ def parse_sidecar(text: bytes, key: str) -> Archive:
         raise IntegrityError(f"the record {key} is damaged") from error
 
 
+def write_sidecar(store: Store, archive: Archive) -> None:
+    """Write the record of an archive beside it. Raises ``ObjectExists`` when it has one."""
+    store.put(sidecar_key(archive.key), [_sealed(archive)])
+
+
 def _sealed(archive: Archive) -> bytes:
     document = archive.model_dump(mode="json")
     return json.dumps(document | {SEAL: _seal(document)}, indent=2).encode()
@@ -211,6 +214,8 @@ def resolve(store: Store, name: str) -> str:
     for key in keys:
         if means(name, key):
             return key
+    with suppress(ObjectNotFound, IntegrityError, ValueError):
+        return read_sidecar(store, name).key  # one of the runbook's, which lies anywhere
     newest = (
         ", ".join(PurePosixPath(key).name for key in sorted(keys, key=lambda key: bare(key)[-15:])[-3:])
         or "none"
@@ -224,24 +229,9 @@ def read_members(store: Store, key: str) -> Iterator[tuple[str, Iterator[bytes]]
     Raises ``IntegrityError`` for an archive that is damaged or cut short, or that holds anything but files of
     different names in one folder.
     """
-    folders, names = set[str](), set[str]()
     plain = streams.decompress(_opened(store.get(key), key), codec="gzip", name=key)
     with closing(plain):
-        try:
-            with tarfile.open(fileobj=_File(plain), mode="r|", bufsize=CHUNK) as tar:
-                for member in tar:
-                    folder, _, name = member.name.rpartition("/")
-                    folders.add(folder)
-                    if not member.isfile() or len(folders) > 1:
-                        raise IntegrityError(f"{key} holds {member.name}, which is no file of its one folder")
-                    if name in names:
-                        raise IntegrityError(f"{key} holds {name} twice")
-                    names.add(name)
-                    yield name, _chunks(tar, member, key)
-        except tarfile.TarError as error:
-            raise IntegrityError(f"{key} is damaged: {error}") from error
-        for _ in plain:  # what follows the end of the tar, so that gzip's own checksum is seen
-            pass
+        yield from tar_members(plain, key)
 
 
 def read_metadata(store: Store, key: str) -> Metadata:
@@ -286,6 +276,11 @@ def read_parts(store: Store, key: str, parts: Sequence[Part]) -> Iterator[tuple[
 
     Raises ``IntegrityError`` like `read_part`, and in the end when one of ``parts`` is not there.
     """
+    from tasks import foreign
+
+    if any(part.codec != "zstd" for part in parts):  # none of ours, which are all in zstd
+        yield from foreign.read_parts(store, key, parts)
+        return
     wanted = {part.name: part for part in parts}
     for name, chunks in read_members(store, key):
         if part := wanted.pop(name, None):
@@ -320,6 +315,10 @@ def verify(store: Store, key: str, *, progress: Progress | None = None) -> Metad
     nothing else; the record beside the archive, where there is one, must say the same. Raises ``IntegrityError``
     otherwise, ``Permanent`` where it is encrypted and no private key is here.
     """
+    from tasks import foreign
+
+    if record := foreign.record_of(store, key):
+        return foreign.verify(store, record)
     metadata: Metadata | None = None
     missing: dict[str, Part] = {}
     item = progress.add(PurePosixPath(key).name, store.stat(key).size) if progress else None
@@ -392,25 +391,3 @@ def _metadata(run: Run, parts: Sequence[Part], settings: Settings) -> Metadata:
         ),
         parts=tuple(parts),
     )
-
-
-class _File(io.RawIOBase):
-    """An iterator of chunks as the file that tarfile reads from."""
-
-    def __init__(self, chunks: Iterator[bytes]) -> None:
-        self._chunks, self._rest = chunks, b""
-
-    def read(self, size: int = -1) -> bytes:
-        if not self._rest:
-            self._rest = next(self._chunks, b"")
-        chunk, self._rest = self._rest[:size], self._rest[size:]
-        return chunk
-
-
-def _chunks(tar: tarfile.TarFile, member: tarfile.TarInfo, key: str) -> Iterator[bytes]:
-    try:
-        with tar.extractfile(member) or io.BytesIO() as file:
-            while chunk := file.read(CHUNK):
-                yield chunk
-    except tarfile.TarError as error:
-        raise IntegrityError(f"{key} is damaged: {error}") from error

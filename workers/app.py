@@ -24,6 +24,7 @@ WEEK = 7 * 86400
 TASK_MODULES = (
     "tasks.backup",
     "tasks.archive",
+    "tasks.imports",
     "tasks.offsite",
     "tasks.prune",
     "tasks.rebuild",

@@ -74,6 +74,28 @@ def rebuild(
                 _say(f"{table}: {', '.join(counts)}", outcome["notes"])
 
 
+def import_archives(
+    prefix: Annotated[str, typer.Argument(help="Folder in the store; by default all of it.")] = "",
+    *,
+    component: Annotated[
+        list[str] | None, typer.Option(help="Which component is meant, where several could be.")
+    ] = None,
+    wait: Wait = True,
+    as_json: Json = False,
+) -> None:
+    """Take archives of the runbook's scripts into the catalogue where they lie in the store."""
+    from tasks.imports import import_archives as start
+
+    with translated():
+        run_id = common.send(start, prefix, components=component or [])
+        common.follow(run_id, wait=wait, as_json=as_json)
+        if not as_json:
+            for outcome in catalog.get_run(run_id).outcome.values():
+                refused = [f"{key}: {reason}" for key, reason in outcome["refused"].items()]
+                counts = f"{len(outcome['imported'])} imported, {len(outcome['known'])} known already"
+                _say(f"{counts}, {len(refused)} not recognised", refused)
+
+
 def _say(line: str, notes: list[str]) -> None:
     common.console.print(line, highlight=False, soft_wrap=True, markup=False)
     for note in notes:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 from collections.abc import Callable
 from pathlib import Path, PurePosixPath
 
@@ -23,11 +24,16 @@ pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
-def system(cluster_factory: Callable[..., System], tmp_path_factory: pytest.TempPathFactory) -> System:
+def keys(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("keeping") / "keys"
     folder.mkdir()
     (folder / "key").write_text("key")
-    return cluster_factory(COMPONENTS.format(path=folder), workers=("control", "app1"), beat=False)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def system(cluster_factory: Callable[..., System], keys: Path) -> System:
+    return cluster_factory(COMPONENTS.format(path=keys), workers=("control", "app1"), beat=False)
 
 
 def archives(system: System) -> list[str]:
@@ -77,3 +83,22 @@ def test_a_lost_catalogue_is_made_anew_and_an_archive_deleted_by_hand(system: Sy
     assert kept not in archives(system)
     assert not (Path(system.store) / kept).exists()
     assert exit_status(system, "delete", name, "--confirm", name) == 4
+
+
+def test_an_archive_of_the_runbook_is_imported_shown_and_restored(
+    system: System, keys: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "20250930/auth-keys").mkdir(parents=True)
+    (tmp_path / "20250930/auth-keys/key").write_text("of 2025")
+    name = "files/files_backup_20250930_020000.tar.gz"
+    (system.store / "files").mkdir()
+    tar = ["tar", "-czf", str(system.store / name), "20250930"]
+    subprocess.run(tar, cwd=tmp_path, check=True)
+
+    done = system.cli("import", "files/")["outcome"]["store"]
+
+    assert done == {"ok": True, "imported": [name], "known": [], "refused": {}}
+    assert name in archives(system)
+    assert system.cli("show", name)["parts"][0]["component"] == "keys"
+    assert system.cli("restore", name, "--component", "keys", "--confirm", "keys")["state"] == "complete"
+    assert (keys / "key").read_text() == "of 2025"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from datetime import datetime, timedelta
 from pathlib import Path
@@ -34,7 +34,7 @@ from workers.storage import open_store
 # ``AI_MICRO_BACKUP_TEST_PROFILE=long`` runs many more and longer sequences.
 LONG = os.environ.get("AI_MICRO_BACKUP_TEST_PROFILE") == "long"
 PROFILE = settings(
-    max_examples=400 if LONG else 6,
+    max_examples=400 if LONG else 10,
     stateful_step_count=60 if LONG else 22,
     deadline=None,
     suppress_health_check=list(HealthCheck),
@@ -331,3 +331,46 @@ Sequences.TestCase.settings = PROFILE
 
 
 TestSequences = Sequences.TestCase
+
+
+class Last:
+    """Draws the last that there is to choose from, so the newest archive."""
+
+    def draw(self, strategy: Any) -> Any:
+        return strategy.elements[-1]
+
+
+def test_each_thing_happens_at_least_once() -> None:
+    """Chance may leave something out of a small number of sequences."""
+    machine, last = Sequences(), cast("st.DataObject", Last())
+
+    def step(happens: Callable[..., None], *values: Any, **named: Any) -> None:
+        happens(*values, **named)
+        machine.the_catalogue_lists_what_is_there()
+        machine.nothing_looks_like_a_backup_that_is_none()
+
+    try:
+        machine.begin()
+        step(machine.days_pass, 2, ["docs", "rules"])
+        step(machine.verify, last, "restore")
+        proven = max(machine.backed_up)
+        step(machine.days_pass, 8, ["docs", "rules"])
+        step(machine.days_pass, 4, ["docs"])
+        before = len(machine.backed_up)
+        step(machine.prune_while_the_clock_is_wrong, -3)
+        assert len(machine.backed_up) == before
+        step(machine.prune)
+        assert len(machine.backed_up) == 1 + 1 + 2, "a young full one, the proven one, the last two of docs"
+        assert proven in machine.backed_up
+        step(machine.rebuild, lose=True)
+        step(machine.lose_a_record, last)
+        step(machine.damage, last, 50)
+        step(machine.verify, last, "checksum")
+        step(machine.rebuild, lose=True)
+        for steps in range(3):
+            step(machine.back_up, ["rules"])
+            step(machine.die_while_deleting, last, steps)
+        step(machine.restore, last)
+        step(machine.delete, last)
+    finally:
+        machine.teardown()
