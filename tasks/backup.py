@@ -29,6 +29,8 @@ from workers.storage import Store, open_store
 
 FULL_SYSTEM = "full_system"
 """Name of the job that backs up every component."""
+SUFFIXES = {"zstd": ".zst", "gzip": ".gz"}
+"""What the names of parts end with, by their codec."""
 PARTS = TypeAdapter(list[Part])
 
 
@@ -128,7 +130,7 @@ def _store_source(
 ) -> Part:
     settings = get_settings()
     recipients = settings.encryption.recipients
-    name = f"{source.name}.zst{ENCRYPTED if recipients else ''}"
+    name = f"{source.name}{SUFFIXES[source.codec]}{ENCRYPTED if recipients else ''}"
     started = now()
     item = progress.add(source.label, source.expected)
     chunks = _while_held(item.through(source.chunks), lease)
@@ -138,13 +140,14 @@ def _store_source(
         chunks,
         level=settings.compression_level,
         recipients=recipients,
+        codec=source.codec,
     )
     return Part(
         name=name,
         component=component.name,
         host=component.host,
         kind=source.kind,
-        codec="zstd",
+        codec=source.codec,
         encryption=AGE if recipients else None,
         size=written.size,
         sha256=written.sha256,

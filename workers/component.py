@@ -103,6 +103,8 @@ class Source:
     """Estimated number of plain bytes, for the progress bar; ``None`` when nobody knows."""
     holds: dict[str, Any] = field(default_factory=dict)
     """What it holds; complete when ``chunks`` has ended."""
+    codec: Literal["zstd", "gzip"] = "zstd"
+    """How it is compressed; gzip is for what people expect to open with it."""
 
 
 @dataclass(frozen=True)

@@ -54,14 +54,21 @@ class Written:
 
 
 def write(
-    store: Store, key: str, chunks: Iterable[bytes], *, level: int, recipients: Sequence[str] = ()
+    store: Store,
+    key: str,
+    chunks: Iterable[bytes],
+    *,
+    level: int,
+    recipients: Sequence[str] = (),
+    codec: str = "zstd",
 ) -> Written:
-    """Compress ``chunks`` with zstd into the store under ``key``; commit only if they end well.
+    """Compress ``chunks`` with zstd, or with ``gzip``, into the store under ``key``; commit only if they end well.
 
     With ``recipients``, public keys of age, they are encrypted as well.
     """
     plain, stored = Digest(), Digest()
-    compressed = compress(plain.through(chunks), level=level)
+    source = plain.through(chunks)
+    compressed = compress_gzip(source) if codec == "gzip" else compress(source, level=level)
     store.put(key, stored.through(encrypt(compressed, recipients) if recipients else compressed))
     return Written(stored.size, stored.sha256, plain.size, plain.sha256)
 
@@ -149,7 +156,7 @@ class _Reader:
 
 
 def compress_gzip(chunks: Iterable[bytes]) -> Iterator[bytes]:
-    """Yield a gzip file at the level that costs least; meant for bytes that are compressed already."""
+    """Yield a gzip file at the level that costs least, for bytes that are compressed already or shall open everywhere."""
     compressor = isal_zlib.compressobj(1, wbits=GZIP)
     for chunk in chunks:
         if compressed := compressor.compress(chunk):

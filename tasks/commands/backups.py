@@ -19,6 +19,13 @@ def backup(
         str | None,
         typer.Option(help="full: a base backup of one PostgreSQL server, for point-in-time recovery."),
     ] = None,
+    database: Annotated[
+        list[str] | None, typer.Option(help="Only this database of a PostgreSQL component; may be repeated.")
+    ] = None,
+    form: Annotated[
+        str | None,
+        typer.Option("--format", help="dumpall: all databases as one file of plain SQL, by pg_dumpall."),
+    ] = None,
     wait: Wait = True,
     as_json: Json = False,
 ) -> None:
@@ -26,6 +33,6 @@ def backup(
     from tasks.backup import backup_full_system
 
     with translated():
-        asked = {"options": {"base": base}} if base else {}
+        asked = common.given(base=base, databases=database, format=form)
         run_id = common.send(backup_full_system, components or None, **asked)
         common.follow(run_id, wait=wait, as_json=as_json)

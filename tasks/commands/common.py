@@ -91,6 +91,12 @@ def send(task: Any, *args: Any, **kwargs: Any) -> str:
     return str(run_id)
 
 
+def given(**options: Any) -> dict[str, Any]:
+    """Return the keyword argument with the options that the command line gave; empty without any."""
+    asked = {name: value for name, value in options.items() if value}
+    return {"options": asked} if asked else {}
+
+
 def follow(run_id: str, *, wait: bool, as_json: bool) -> None:
     """Show a run until it has ended, or with ``wait`` off just that it started; exit 1 when it failed."""
     from tasks.watch import follow, origin

@@ -21,9 +21,21 @@ def restore(
     path: Annotated[
         str | None, typer.Option(help="Of files: only this path of the backup, `uploads/2026`.")
     ] = None,
-    into: Annotated[
-        str | None, typer.Option(help="Of files: into this empty folder, beside what is live.")
+    database: Annotated[
+        list[str] | None, typer.Option(help="Of PostgreSQL: only this database; may be repeated.")
     ] = None,
+    into: Annotated[
+        str | None,
+        typer.Option(
+            help="Beside what is live: of files into this empty folder, of PostgreSQL one database under this new name."
+        ),
+    ] = None,
+    onto_new_cluster: Annotated[
+        bool,
+        typer.Option(
+            "--onto-new-cluster", help="Of PostgreSQL: the server was set up anew; that it differs is right."
+        ),
+    ] = False,
     store: From = "store",
     wait: Wait = True,
     as_json: Json = False,
@@ -31,9 +43,11 @@ def restore(
     """Restore a full archive, or one component of it, and show that it is in place."""
     from tasks.restore import restore_component, restore_full_system
 
-    options = {key: value for key, value in {"path": path, "into": into}.items() if value is not None}
+    options = common.given(path=path, databases=database, into=into, new_cluster=onto_new_cluster)
     if options and not component:
-        raise typer.BadParameter("--path and --into are for one component: name it with --component")
+        raise typer.BadParameter(
+            "what to restore and where to is for one component: name it with --component"
+        )
     with translated():
         if component:
             run_id = common.send(
@@ -43,7 +57,7 @@ def restore(
                 confirm=confirm,
                 plan=plan,
                 store=store,
-                **({"options": options} if options else {}),
+                **options,
             )
         else:
             run_id = common.send(restore_full_system, archive, confirm=confirm, plan=plan, store=store)

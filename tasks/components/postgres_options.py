@@ -16,11 +16,19 @@ class BackupOptions(Options):
 
     base: Literal["full"] | None = None
     """A base backup of the whole cluster, from which it can be recovered to a point in time, instead of dumps."""
+    databases: tuple[str, ...] | None = Field(default=None, min_length=1)
+    """Names; by default those of the settings."""
+    format: Literal["custom", "dumpall"] = "custom"
+    """A dump of each database that pg_restore reads, or one file of plain SQL by pg_dumpall."""
 
 
 class RestoreOptions(Options):
     """What to restore, and where to. From a base backup: the moment to recover to; by default the end of the base backup."""
 
+    databases: tuple[str, ...] | None = Field(default=None, min_length=1)
+    """Names; by default all that the archive holds. Of the roles, only those that are missing are created then."""
+    into: str | None = Field(default=None, min_length=1)
+    """Restore one database under this name, which must be free, and leave the live one alone."""
     to_time: AwareDatetime | None = None
     """With its zone."""
     to_lsn: str | None = None
@@ -40,7 +48,12 @@ class RestoreOptions(Options):
 
     @property
     def overwrites(self) -> bool:
-        return self.folder is None
+        return self.folder is None and self.into is None
+
+    @property
+    def everything(self) -> bool:
+        """Whether all of a backup is restored, so that the roles become what they were, too."""
+        return self.databases is None and self.into is None
 
     @property
     def recovers(self) -> bool:

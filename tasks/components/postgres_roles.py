@@ -8,7 +8,7 @@ attributes and password of the role that connects, which would lock itself out.
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 
 from tasks.components.psql import Server, Session, Statement, identifier, literal, unquoted
 
@@ -59,6 +59,23 @@ def create_roles(session: Session, record: Sequence[Statement]) -> None:
             session.execute(
                 f"INSERT INTO public.roles_created VALUES ({literal(name)}) ON CONFLICT DO NOTHING"
             )
+
+
+def role_concerned(statement: Statement) -> str | None:
+    """Return the role that a statement of a record sets something of; of a GRANT, the role that gets it."""
+    words = statement.words
+    if statement.starts("ALTER", "ROLE"):
+        return unquoted(words[2])
+    if statement.starts("COMMENT", "ON", "ROLE"):
+        return unquoted(words[3])
+    if statement.starts("GRANT") and "ON" not in words:
+        return unquoted(statement.after("TO") or "")
+    return None
+
+
+def of_roles(record: Sequence[Statement], roles: Container[str]) -> list[Statement]:
+    """Return the part of a record that creates and sets ``roles``."""
+    return [s for s in record if (role_created(s) or role_concerned(s)) in roles]
 
 
 def set_roles(session: Session, record: Sequence[Statement], *, keep: str) -> None:

@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from tasks.components.postgres_roles import create_roles, drop_role, dump_roles, set_roles
+from tasks.components.postgres_roles import create_roles, drop_role, dump_roles, of_roles, set_roles
 from tasks.components.psql import Server, Session, Statement, identifier, literal, statements
 from workers.errors import Permanent, RuntimeUnavailable
 
@@ -32,6 +32,7 @@ TABLES = """
 CREATE TABLE IF NOT EXISTS public.restore (
     one boolean PRIMARY KEY DEFAULT true CHECK (one),
     state text NOT NULL DEFAULT 'staging',
+    whole boolean NOT NULL DEFAULT false,
     roles_before text
 );
 INSERT INTO public.restore DEFAULT VALUES ON CONFLICT DO NOTHING;
@@ -91,8 +92,8 @@ class Swap:
         """Connect to the journal. Close it in any case."""
         return self.server.session(self.journal, silent=True)
 
-    def begin(self) -> None:
-        """Create the journal unless there is one."""
+    def begin(self) -> str:
+        """Create the journal unless there is one, and return its state."""
         with self.server.session(self.maintenance) as session:
             if not exists(session, self.journal):
                 session.execute(
@@ -102,6 +103,12 @@ class Swap:
             session.execute(f"REVOKE ALL ON DATABASE {identifier(self.journal)} FROM PUBLIC")
         with self.session() as session:
             session.execute(TABLES)
+            return self.state(session)
+
+    def end_staging(self) -> None:
+        """Note that all is staged that shall be."""
+        with self.session() as session:
+            session.execute("UPDATE public.restore SET whole = true")
 
     def create_roles(self, record: Sequence[Statement]) -> None:
         """Create the roles of the record that are missing, without login or rights, so that owners resolve."""
@@ -117,7 +124,7 @@ class Swap:
         return str(session.value("(SELECT state FROM public.restore)"))
 
     def create_database(self, session: Session, name: str, script: Sequence[Statement]) -> str:
-        """Create the empty staged database of ``name`` by ``script``, what pg_restore makes of its dump.
+        """Create the empty staged database of ``name`` by ``script``, which creates the recorded one.
 
         Returns the staged name.
         """
@@ -127,16 +134,17 @@ class Swap:
             f"({literal(name)}, {literal(staged)}, {literal(before)}) "
             "ON CONFLICT (name) DO UPDATE SET verified = false"
         )
-        drop(session, staged)
+        self._drop(session, staged)
         recorded = next((s.after("DATABASE") for s in script if s.starts("CREATE", "DATABASE")), None)
         if recorded is None:
             raise Permanent(f"the dump of {name} does not say how its database is created")
-        for statement in script:
-            if statement.starts("SET", "SESSION") or statement.starts("RESET", "SESSION"):
-                session.execute(statement.sql)
-            elif staged_statement := statement.with_database(recorded, identifier(staged)):
-                session.execute(staged_statement.sql)
+        alter_database(session, recorded, staged, script)
         return staged
+
+    def note_verified(self, name: str) -> None:
+        """Note that the staged database of ``name`` was compared."""
+        with self.session() as session:
+            session.execute(f"UPDATE public.databases SET verified = true WHERE name = {literal(name)}")
 
     def verified(self, session: Session) -> set[str]:
         """Return the databases that are staged and were compared."""
@@ -145,20 +153,32 @@ class Swap:
         )
         return {row["name"] for row in rows}
 
-    def swap(self, names: Sequence[str], record: Sequence[Statement] | None) -> None:
-        """Give the staged databases the live names and the roles what the record says, all in one transaction."""
+    def swap(self, record: Sequence[Statement] | None, *, everything: bool, replace: bool) -> None:
+        """Give the staged databases the live names and the roles what the record says, all in one transaction.
+
+        Without ``everything``, roles that were there before the restore stay as they are. Without ``replace``, a
+        database that has the name by now is not put aside, but ``Permanent`` raised.
+        """
         with self.session() as session:
             if self.state(session) != "staging":
                 return
             databases = self._databases(session)
-            if missing := sorted({*names, *(row["name"] for row in databases)} - self.verified(session)):
+            if missing := sorted({row["name"] for row in databases} - self.verified(session)):
                 raise Permanent(f"not staged yet: {', '.join(missing)}")
-            roles_before = None if record is None else dump_roles(self.server, self.journal)
+            if not session.value("(SELECT whole FROM public.restore)"):
+                raise Permanent("not staged yet: the databases of the restore")
+            if taken := [row["name"] for row in databases if not replace and exists(session, row["name"])]:
+                raise Permanent(f"there is a database {taken[0]} by now; restore into another name")
+            if record is not None and not everything:
+                created = {row["name"] for row in session.rows("SELECT name FROM public.roles_created")}
+                record = of_roles(record, created)
+            roles_before = None if record is None or not everything else dump_roles(self.server, self.journal)
             self._close(session, databases)
             session.execute("BEGIN")
-            if record is not None and roles_before is not None:
+            if record is not None:
                 create_roles(session, record)
                 set_roles(session, record, keep=self.user)
+            if roles_before is not None:
                 session.execute(f"UPDATE public.restore SET roles_before = {literal(roles_before)}")
             for row in databases:
                 name, staged, before = row["name"], row["staged"], row["before"]
@@ -189,11 +209,11 @@ class Swap:
                 if row["was_open"] is not None and exists(session, row["name"]):
                     _allow(session, row["name"], allowed=row["was_open"])
             for row in databases:
-                drop(session, row["staged"])
+                self._drop(session, row["staged"])
             for row in session.rows("SELECT name FROM public.roles_created"):
                 drop_role(session, row["name"])
         with self.server.session(self.maintenance) as session:
-            drop(session, self.journal)
+            self._drop(session, self.journal)
 
     def settle(self) -> None:
         """Drop what stood before the swap, and the journal."""
@@ -205,9 +225,9 @@ class Swap:
                 raise Permanent("nothing was swapped that could be settled")
             session.execute("UPDATE public.restore SET state = 'settling', roles_before = NULL")
             for row in self._databases(session):
-                drop(session, row["before"])
+                self._drop(session, row["before"])
         with self.server.session(self.maintenance) as session:
-            drop(session, self.journal)
+            self._drop(session, self.journal)
 
     def _swap_back(self, session: Session, databases: list[dict[str, Any]]) -> None:
         self._close(session, databases)
@@ -221,9 +241,30 @@ class Swap:
         roles_before = session.value("(SELECT roles_before FROM public.restore)")
         if roles_before is not None:
             set_roles(session, statements(roles_before), keep=self.user)
-        session.execute("UPDATE public.restore SET state = 'staging', roles_before = NULL")
+        session.execute("UPDATE public.restore SET state = 'staging', whole = false, roles_before = NULL")
         session.execute("UPDATE public.databases SET verified = false, stood = false")
         session.execute("COMMIT")
+
+    def _drop(self, session: Session, database: str) -> None:
+        """Drop ``database`` and whatever is connected to it; one that is not there is no error.
+
+        Its subscriptions, which are disabled, go first; their slots on the publisher stay.
+        """
+        name = literal(database)
+        if session.rows(f"SELECT 1 FROM pg_catalog.pg_database WHERE datname = {name} AND datistemplate"):
+            session.execute(f"ALTER DATABASE {identifier(database)} IS_TEMPLATE false")
+        subscriptions = session.rows(
+            "SELECT subname FROM pg_catalog.pg_subscription "
+            f"WHERE NOT subenabled AND subdbid = (SELECT oid FROM pg_catalog.pg_database WHERE datname = {name})"
+        )
+        if subscriptions:
+            _allow(session, database, allowed=True)
+            with self.server.session(database) as inside:
+                for row in subscriptions:
+                    subscription = identifier(row["subname"])
+                    inside.execute(f"ALTER SUBSCRIPTION {subscription} SET (slot_name = NONE)")
+                    inside.execute(f"DROP SUBSCRIPTION {subscription}")
+        session.execute(f"DROP DATABASE IF EXISTS {identifier(database)} WITH (FORCE)")
 
     def _databases(self, session: Session) -> list[dict[str, Any]]:
         return session.rows("SELECT * FROM public.databases ORDER BY name")
@@ -257,20 +298,20 @@ class Swap:
             time.sleep(0.1)
 
 
+def alter_database(session: Session, recorded: str, staged: str, script: Sequence[Statement]) -> None:
+    """Do to the database ``staged`` what ``script`` does to the one that it calls ``recorded`` (a token of SQL)."""
+    for statement in script:
+        if statement.starts("SET", "SESSION") or statement.starts("RESET", "SESSION"):
+            session.execute(statement.sql)
+        elif staged_statement := statement.with_database(recorded, identifier(staged)):
+            session.execute(staged_statement.sql)
+
+
 def exists(session: Session, database: str) -> bool:
     """Say whether there is a database of that name."""
     return bool(
         session.value(f"EXISTS (SELECT FROM pg_catalog.pg_database WHERE datname = {literal(database)})")
     )
-
-
-def drop(session: Session, database: str) -> None:
-    """Drop ``database`` and whatever is connected to it; one that is not there is no error."""
-    if session.rows(
-        f"SELECT 1 FROM pg_catalog.pg_database WHERE datname = {literal(database)} AND datistemplate"
-    ):
-        session.execute(f"ALTER DATABASE {identifier(database)} IS_TEMPLATE false")
-    session.execute(f"DROP DATABASE IF EXISTS {identifier(database)} WITH (FORCE)")
 
 
 def _rename(session: Session, old: str, new: str) -> None:

@@ -148,6 +148,11 @@ def unquoted(token: str) -> str:
     return token[1:-1].replace('""', '"') if token.startswith('"') else token
 
 
+def major_of(version: str) -> int:
+    """Return the major version in what ``server_version`` says."""
+    return int(re.split(r"\D", version)[0] or 0)
+
+
 class ProcessGroup:
     """A runtime for programs alone, which end together, whichever threads wait for them."""
 
@@ -256,6 +261,23 @@ def translated(error: CommandFailed) -> BackupError:
     return short
 
 
+def installed(runtime: Runtime, bin_dir: str | None, major: int) -> list[tuple[str, int, str]]:
+    """Return folders of PostgreSQL's programs, their major version, and what they say of it.
+
+    They are ``bin_dir``, or those that are there, those for ``major`` first.
+    """
+    if bin_dir:
+        found = f"{bin_dir}\n" + run(runtime, [f"{bin_dir}/pg_dump", "--version"]).decode()
+    else:
+        found = run(runtime, ["sh", "-c", FIND_TOOLS, "sh", str(major)]).decode()
+    lines = found.splitlines()
+    return [
+        (folder, int(match[1]), described)
+        for folder, described in zip(lines[::2], lines[1::2], strict=False)
+        if (match := re.search(r"\) (\d+)", described))
+    ]
+
+
 @dataclass(frozen=True)
 class Server:
     """A server that answered, and the programs of its own major version."""
@@ -296,25 +318,20 @@ class Server:
         with cls(runtime, env, psql, "", "", 0, lock_timeout).session(database) as session:
             version = str(session.value("current_setting('server_version')"))
             major = int(session.value("current_setting('server_version_num')::int / 10000"))
-        if bin_dir:
-            found = f"{bin_dir}\n" + run(runtime, [f"{bin_dir}/pg_dump", "--version"]).decode()
-        else:
-            found = run(runtime, ["sh", "-c", FIND_TOOLS, "sh", str(major)]).decode()
-        lines = found.splitlines()
-        for folder, described in zip(lines[::2], lines[1::2], strict=False):
-            if (match := re.search(r"\) (\d+)", described)) and int(match[1]) == major:
+        programs = installed(runtime, bin_dir, major)
+        for folder, of, _ in programs:
+            if of == major:
                 return cls(runtime, env, psql, folder, version, major, lock_timeout)
-        there = ", ".join(lines[1::2]) or "none"
+        there = ", ".join(described for _, _, described in programs) or "none"
         raise Permanent(
             f"the server is PostgreSQL {version} and needs pg_dump of {major}; found {there}; set bin_dir"
         )
 
     def session(self, database: str, *, silent: bool = False) -> Session:
         """Open a session; ``silent`` keeps its statements out of the server's log. Close it in any case."""
-        options = ["--no-psqlrc", "--quiet", "--no-align", "--tuples-only", "--no-password"]
-        variables = ["--set=ON_ERROR_STOP=1", "--set=VERBOSITY=terse", "--set=SHOW_CONTEXT=never"]
-        argv = [self.psql, *options, *variables, f"--dbname={connection_string(database)}"]
-        session = Session(self.runtime.spawn(argv, env={**self.env, "PGCLIENTENCODING": "UTF8"}))
+        session = Session(
+            self.runtime.spawn(self._psql_argv(database), env={**self.env, "PGCLIENTENCODING": "UTF8"})
+        )
         try:
             locks = {"lock_timeout": str(round(self.lock_timeout * 1000))}
             session.set({**SESSION_SETTINGS, **locks, **(SILENT_SETTINGS if silent else {})})
@@ -322,6 +339,20 @@ class Server:
             session.close()
             raise
         return session
+
+    def script_argv(self, database: str) -> list[str]:
+        """Return the command line of a psql that reads a script, prints no results, and ends at the first error."""
+        return [*self._psql_argv(database), "--output=/dev/null"]
+
+    def _psql_argv(self, database: str) -> list[str]:
+        options = ["--no-psqlrc", "--quiet", "--no-align", "--tuples-only", "--no-password"]
+        variables = ["--set=ON_ERROR_STOP=1", "--set=VERBOSITY=terse", "--set=SHOW_CONTEXT=never"]
+        return [self.psql, *options, *variables, f"--dbname={connection_string(database)}"]
+
+    @property
+    def patience(self) -> str:
+        """The option that bounds pg_dump's and pg_dumpall's wait for locks."""
+        return f"--lock-wait-timeout={round(self.lock_timeout * 1000)}"
 
     def argv(self, tool: str, database: str, *options: str) -> list[str]:
         """Return the command line of ``tool`` connecting to ``database``."""

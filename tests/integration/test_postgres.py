@@ -18,8 +18,9 @@ import pytest
 from psycopg import sql
 
 from compose.demo.embedded import PostgresServer, free_port
-from tasks.components import postgres, postgres_swap
+from tasks.components import postgres_dump, postgres_swap
 from tasks.components.postgres import Component
+from tasks.components.postgres_compare import Contents, contents
 from tasks.components.postgres_swap import beside
 from tasks.components.psql import Server, Session, statements
 from workers import streams
@@ -386,13 +387,12 @@ def test_the_role_that_connects_keeps_its_password(cluster: Cluster) -> None:
 def count_later(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
     """Let the rows be counted only after the event that is returned."""
     awaited = threading.Event()
-    count = postgres._count
 
-    def count_late(session: Session, tables: Sequence[str]) -> dict[str, int]:
+    def count_late(session: Session, tables: Sequence[str], *, checksums: bool) -> Contents:
         assert awaited.wait(60)
-        return count(session, tables)
+        return contents(session, tables, checksums=checksums)
 
-    monkeypatch.setattr(postgres, "_count", count_late)
+    monkeypatch.setattr(postgres_dump, "contents", count_late)
     return awaited
 
 
@@ -620,7 +620,7 @@ def interrupted_restore(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> tu
     make_small(cluster)
     restore = cluster.restore(cluster.backup())
     spoil_small(cluster)
-    found = cluster.component._server("postgres")
+    found = cluster.component.server("postgres")
     monkeypatch.setattr(Server, "find", lambda *_arguments, **_options: found)
     return cluster, restore
 
@@ -720,7 +720,7 @@ def test_what_is_being_settled_cannot_be_reverted(cluster: Cluster, monkeypatch:
         cluster.component.settle(restore)
     cluster.component.swap(restore)
     with monkeypatch.context() as patch:
-        patch.setattr(postgres_swap, "drop", interrupted)
+        patch.setattr(postgres_swap.Swap, "_drop", interrupted)
         with pytest.raises(Interrupted):
             cluster.component.settle(restore)
     with pytest.raises(Permanent, match="was settled"):
