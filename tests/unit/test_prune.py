@@ -2,17 +2,27 @@
 
 from __future__ import annotations
 
+import hashlib
+import os
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
-from tasks.prune import backup_of, policies_of, read_now
+from tasks import archive
+from tasks.components import postgres_wal
+from tasks.components.postgres_segments import HEADER, LONG_HEADER, Segment
+from tasks.prune import backup_of, policies_of, prune_archives, read_now
 from tests.configured import configured, write_settings
-from workers import catalog
-from workers.catalog import Artifact, Kind, Verification
+from workers import catalog, streams
+from workers.catalog import Artifact, Copy, Kind, Verification, database
+from workers.component import Part
+from workers.errors import Permanent
+from workers.locks import Lease
+from workers.sections import RetentionPolicy
 from workers.settings import Settings
+from workers.storage import Store, open_store
 
 START = datetime(2026, 11, 22, 2, tzinfo=UTC)
 
@@ -110,3 +120,149 @@ def test_what_a_running_run_reads_is_known(settings: Settings) -> None:
     catalog.finish_run(restore.id)
     catalog.finish_run(copy.id)
     assert read_now("store", keys) == set()
+
+
+# -- a store with base backups and WAL, and its copy -----------------------------------------------------------------------
+
+SIZE, CLUSTER = 16 << 20, "7300000000000000001"
+STORES = """
+hosts = ["db1"]
+[system]
+name = "shop"
+[components.db]
+kind = "postgres"
+host = "db1"
+[store]
+path = "{folder}/store"
+[offsite.store]
+path = "{folder}/offsite"
+[offsite.retention.components]
+db = {{ last = 3 }}
+[catalog]
+url = "sqlite:///{folder}/catalog.sqlite"
+[retention.components]
+db = {{ last = 1 }}
+"""
+
+
+class Held:
+    """A lease that is held."""
+
+    def check(self) -> None:
+        return
+
+
+def base_backup(store: Store, day: int) -> Artifact:
+    """Put a base backup of a day into a store; its WAL begins with the segment of the day's number."""
+    made = START + timedelta(days=day)
+    key = f"components/db_backup_{made:%Y%m%d_%H%M%S}.tar.gz"
+    holds = {
+        "system_identifier": CLUSTER, "timeline": 1, "start_lsn": f"0/{day * SIZE:X}", "stop_lsn": f"0/{day * SIZE:X}",
+        "finished": made.isoformat(),
+    }  # fmt: skip
+    part = Part(
+        name="db.base.tar.zst", component="db", host="db1", kind="postgres-base", codec="zstd", size=1, sha256="f",
+        plain_size=1, plain_sha256="f", started=made, finished=made, holds=holds,
+    )  # fmt: skip
+    run = archive.RunRecord(id=f"{made:%Y%m%d_%H%M%S}", job="manual", started=made, finished=made)
+    metadata = archive.Metadata(
+        backup_time=made, system_version="1", components={}, system_name="shop", run=run, parts=(part,)
+    )
+    found = archive.Archive(key=key, size=7, sha256="f", metadata=metadata)
+    store.put(key, [b"archive"])
+    archive.write_sidecar(store, found)
+    return archive.artifact_of(found)
+
+
+def wal_of_days(store: Store, folder: Path, days: int) -> None:
+    """Put a segment and the record of its collection into a store for each day."""
+    for day in range(1, days):
+        made = START + timedelta(days=day)
+        header = HEADER.pack(0xD118, LONG_HEADER, 1, day * SIZE, 0, int(CLUSTER), SIZE, 8192)
+        name = Segment(1, day).name(SIZE)
+        key = postgres_wal.wal_key("db", CLUSTER, name, hashlib.sha256(header).hexdigest())
+        streams.write(store, key, iter([header]), level=1)
+        os.utime(folder / key, (made.timestamp(), made.timestamp()))
+        record = postgres_wal.Collection(
+            taken=made,
+            lsn=f"0/{(day + 1) * SIZE:X}",
+            timeline=1,
+            last=name,
+            marked=made,
+            snapshot="1:1:",
+            segment_size=SIZE,
+        )
+        key = postgres_wal.collection_key("db", CLUSTER, f"{made:%Y%m%d_%H%M%S}")
+        store.put(key, [record.model_dump_json().encode()])
+
+
+def days_in(store: Store, prefix: str) -> list[int]:
+    """Return the days of archives, or of WAL segments, or of collections, by their names."""
+    if prefix.startswith("wal/"):
+        names = [item.key.rpartition("/")[2] for item in store.list(prefix)]
+        return [int(name[16:24], 16) for name in names if len(name) > 80]
+    names = [item.key for item in store.list(prefix) if item.key.endswith(".tar.gz")]
+    return sorted(
+        (datetime.strptime(name[-22:-7] + "+0000", "%Y%m%d_%H%M%S%z") - START).days for name in names
+    )
+
+
+def test_wal_is_kept_from_the_base_backup_on_that_the_time_kept_begins_with(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "backup.toml").write_text(STORES.format(folder=tmp_path))
+    with configured(tmp_path / "backup.toml") as found:
+        main, offsite = open_store(found.store), open_store(found.store_of("offsite"))
+        made = [base_backup(main, day) for day in (2, 8, 10, 17)]
+        wal_of_days(main, tmp_path / "store", 21)
+        for day in (2, 8, 10, 17):
+            base_backup(offsite, day)
+        for row in made:
+            catalog.add_artifact(row)
+            catalog.add_copy(Copy(key=row.key, copied=row.created, size=row.size, sha256=row.sha256))
+        monkeypatch.setattr("workers.catalog.now", lambda: START + timedelta(days=20))
+
+        done = prune_archives("store", cast("Lease", Held()))
+
+        assert days_in(main, "components/") == [10, 17], "7 days of WAL begin on day 13, reached from day 10"
+        assert days_in(main, "wal/") == list(range(10, 21))
+        assert (len(done["dropped"]), done["wal_files"]) == (2, 9)
+        kept = postgres_wal.list_collections(main, "db", CLUSTER)
+        assert [record.taken for record in kept] == [START + timedelta(days=day) for day in range(10, 21)]
+        assert [row.created for row in catalog.list_artifacts()] == [made[3].created, made[2].created]
+
+        assert days_in(offsite, "components/") == [2, 8, 10, 17], "another store, another retention"
+        assert len(prune_archives("offsite", cast("Lease", Held()))["dropped"]) == 1
+        assert days_in(offsite, "components/") == [8, 10, 17]
+        assert [copy.key for copy in catalog.list_copies()] == [row.key for row in made[1:]]
+
+        base_backup(main, 1)  # which the catalogue does not know
+        monkeypatch.setattr("workers.catalog.now", lambda: START + timedelta(days=200))
+        noted = prune_archives("store", cast("Lease", Held()))
+        assert noted["wal_files"] == 0
+        assert noted["notes"] == ["1 archives are not in the catalogue; see: ai-micro-backup rebuild"]
+        database.engine_of(found.catalog, os.getpid()).dispose()
+        database.engine_of.cache_clear()
+
+
+def test_a_copy_that_its_lock_keeps_does_not_keep_others(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = open_store(settings.store)
+    rows = [base_backup(store, day) for day in (1, 2, 3)]
+    for row in rows:
+        row.details["parts"][0]["component"] = "settings"
+        row.details["parts"][0]["kind"] = "files-tar"
+        catalog.add_artifact(row)
+    delete = type(store).delete
+
+    def locked(self: Any, key: str) -> None:
+        if key == rows[1].key:
+            raise Permanent("locked")
+        delete(self, key)
+
+    monkeypatch.setattr(type(store), "delete", locked)
+    settings.retention.components["settings"] = RetentionPolicy(last=1)
+    with pytest.raises(Permanent, match=f"not deleted: {rows[1].key}: locked"):
+        prune_archives("store", cast("Lease", Held()))
+    assert [row.key for row in catalog.list_artifacts()] == [rows[2].key, rows[1].key]
