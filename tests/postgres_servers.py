@@ -22,6 +22,7 @@ import os
 import secrets
 import shutil
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -37,6 +38,7 @@ from compose.demo.docker_images import Images, engine_answers, ensure_engine
 from compose.demo.embedded import PostgresServer, free_port
 from compose.demo.embedded_user import give_to_unprivileged
 
+ROOT = Path(__file__).parents[1]
 SUITES = {15: "bookworm", 17: "trixie"}
 """Debian's releases by the major version of their PostgreSQL."""
 QUICK = {"fsync": "off", "synchronous_commit": "off", "full_page_writes": "off"}
@@ -115,6 +117,25 @@ class Postgres:
             "password": {"file": str(self.secret)},
             **place,
         }
+
+    def control(self) -> dict[str, Any]:
+        """More settings of the component, for a recovery: how it is stopped and started, and where its data is."""
+        if self.container:
+            return {}
+        program = (
+            f"import sys; sys.path.insert(0, {str(ROOT)!r}); from pathlib import Path; "
+            "from compose.demo.embedded import PostgresServer; "
+            f"server = PostgresServer(Path({str(self.data_dir)!r}), {self.port}); "
+        )
+        calls = {
+            "start": "server.start()",
+            "stop": "server.stop()",
+            "status": "sys.exit(not server.is_running())",
+        }
+        commands: dict[str, Any] = {
+            name: [sys.executable, "-c", program + call] for name, call in calls.items()
+        }
+        return {**commands, "data_dir": str(self.data_dir)}
 
     def program(self, name: str, *arguments: str, stdin: bytes = b"") -> bytes:
         """Run one of PostgreSQL's programs where the server is, logged in; return what it prints. Raises when it fails."""

@@ -42,22 +42,8 @@ class Cluster:
 
     def __init__(self, server: Postgres, folder: Path) -> None:
         self.server, self.store = server, LocalStore(folder / "store")
-        commands: dict[str, Any] = {}
-        if server.container is None:
-            daemon = (
-                "from pathlib import Path; from compose.demo.embedded import PostgresServer; import sys; "
-                f"s = PostgresServer(Path({str(server.data_dir)!r}), {server.port}); "
-            )
-            python = str(Path(".venv/bin/python").absolute())
-            for name, call in {
-                "start": "s.start()",
-                "stop": "s.stop()",
-                "status": "sys.exit(not s.is_running())",
-            }.items():
-                commands[name] = [python, "-c", daemon + call]
-            commands["data_dir"] = str(server.data_dir)
         self.component = Component.model_validate(
-            {**server.settings(), **commands, "wal_archive": str(server.archive), "wal_timeout": 60}
+            {**server.settings(), **server.control(), "wal_archive": str(server.archive), "wal_timeout": 60}
         )
         self.runs = 0
 
