@@ -7,6 +7,7 @@ import json
 import shutil
 import tarfile
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import psycopg
@@ -247,8 +248,10 @@ def test_a_backup_during_a_restore_is_refused_with_the_cause(scene: Rehearsal) -
     scene.gate.healthy.clear()
     try:
         run_id = scene.start_restore()
-        done = scene.cli("backup")
-        again = scene.cli("restore", scene.archive, "--confirm", "ai-micro-service")
+        # At the same time: services may be ill for a bounded time only.
+        with ThreadPoolExecutor() as pool:
+            asked = [("backup",), ("restore", scene.archive, "--confirm", "ai-micro-service")]
+            done, again = pool.map(lambda words: scene.cli(*words), asked)
     finally:
         scene.gate.healthy.set()
     for refused in (done, again):

@@ -61,7 +61,7 @@ def base_backups(system: System, count: int) -> None:
 
 
 def test_removed_segment_is_named_and_a_new_base_backup_follows(system: System, server: Postgres) -> None:
-    assert [finding for finding in system.cli("preflight")["db"] if not finding["advice"]] == []
+    assert [finding for finding in system.cli("preflight", "db")["db"] if not finding["advice"]] == []
     write(server)
     assert collect(system)["outcome"]["db"]["files"] >= 2
     base_backups(system, 1)  # the first WAL chain had none

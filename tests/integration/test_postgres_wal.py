@@ -241,17 +241,19 @@ def test_failing_archive_command_is_the_cause_and_then_a_warning(collector: Coll
     collector.collect()
     server = collector.server
     name = segment_of(collector.write(switch=False))
-    in_the_way = server.archive / name
-    in_the_way.mkdir()
-    server.rows("SELECT pg_switch_wal()")
-    assert wait_until(
-        lambda: server.rows("SELECT last_failed_wal FROM pg_stat_archiver") == [(name,)], timeout=60
-    )
-    in_the_way.rmdir()
-    with pytest.raises(
-        Permanent, match=rf"archive_command failed, last for {name} .* has not succeeded since"
-    ):
-        collector.collect(wal_timeout=0.01)
+    mode = server.archive.stat().st_mode
+    server.archive.chmod(0o555)
+    try:
+        server.rows("SELECT pg_switch_wal()")
+        assert wait_until(
+            lambda: server.rows("SELECT last_failed_wal FROM pg_stat_archiver") == [(name,)], timeout=60
+        )
+        with pytest.raises(
+            Permanent, match=rf"archive_command failed, last for {name} .* has not succeeded since"
+        ):
+            collector.collect(wal_timeout=0.01)
+    finally:
+        server.archive.chmod(mode)
     done = collector.collect()
     assert f"archive_command failed, last for {name}" in done["troubles"][0]
     assert "has succeeded since" in done["troubles"][0]

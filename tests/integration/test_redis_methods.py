@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from compose.demo.embedded import free_port
 from tests.redis_servers import PASSWORD, PROGRAMS, Server, back_up, cli, fill, restore, same
 from workers.component import Part, Restore
 from workers.errors import ComparisonError, IntegrityError, Permanent, RuntimeUnavailable
@@ -140,7 +141,10 @@ def test_a_replica(server: Server, tmp_path: Path) -> None:
 
 
 def test_a_node_of_a_cluster_is_refused(server: Server, tmp_path: Path) -> None:
-    node = Server(tmp_path, server.program, cluster_enabled="yes", save='""')
+    # The nodes of a cluster talk to each other on the port 10,000 above.
+    low = next(port for port in iter(free_port, None) if port < 55_000)
+    node = Server(tmp_path, server.program, port=str(low), cluster_enabled="yes", save='""')
+    node.port = low
     node.start()
     try:
         part, data = back_up(server.component())
