@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import json
 import os
 import subprocess
 from collections.abc import Iterator
@@ -18,6 +19,8 @@ from tasks.prune import survey
 from tasks.rebuild import take_in as rebuild
 from tests.configured import configured
 from tests.conftest import Served
+from tests.postgres_servers import postgres_server as own_postgres
+from tests.redis_servers import PASSWORD, PROGRAMS, Server
 from workers import catalog
 from workers.catalog import database
 from workers.component import Restore
@@ -25,6 +28,7 @@ from workers.errors import IntegrityError
 from workers.locks import Lease
 from workers.settings import Settings
 from workers.storage import open_store
+from workers.storage.local import LocalStore
 
 NOW = "20250930_020000"
 SETTINGS = """
@@ -253,3 +257,86 @@ def test_where_several_components_could_be_meant_nothing_is_guessed(
         assert take_in(store, "full_system/", chosen, HELD)["imported"] == [FULL]
         parts = archive.read_metadata(store, FULL).parts
         assert [part.component for part in parts if part.kind == "redis-rdb"] == ["redis2"]
+
+
+def test_the_runbooks_databases_come_back_with_owners_and_rights_and_no_row_twice(tmp_path: Path) -> None:
+    with own_postgres(18, tmp_path / "pg") as server:
+        server.execute("CREATE ROLE app LOGIN; CREATE ROLE readonly")
+        server.execute("CREATE DATABASE authdb OWNER app")
+        server.execute(
+            "CREATE TABLE logins AS SELECT n FROM generate_series(1, 3000) n; ALTER TABLE logins OWNER TO app;"
+            "GRANT SELECT ON logins TO readonly",
+            "authdb",
+        )
+        backups = tmp_path / "backups"
+        (backups / "postgres").mkdir(parents=True)
+        key = f"postgres/all_databases_{NOW}.sql.gz"
+        (backups / key).write_bytes(gzip.compress(server.program("pg_dumpall")))
+        server.execute("DELETE FROM logins WHERE n > 7; REVOKE ALL ON logins FROM readonly", "authdb")
+        table = {**server.settings("postgres", "main"), "kind": "postgres", "databases": ["authdb"]}
+        secret = json.dumps(table.pop("password")["file"])
+        lines = [f"{name} = {json.dumps(value)}" for name, value in table.items() if name != "name"]
+        (tmp_path / "backup.toml").write_text(
+            f"""
+hosts = ["main"]
+[system]
+name = "ai-micro-service"
+[store]
+path = {json.dumps(str(backups))}
+[catalog]
+url = "sqlite:///{tmp_path / "catalog.sqlite"}"
+[components.postgres]
+password = {{ file = {secret} }}
+"""
+            + "\n".join(lines)
+        )
+        with configured(tmp_path / "backup.toml") as settings:
+            done = take_in(open_store(settings.store), "", [], HELD)
+            assert done["imported"] == [key], done
+            restore(settings, key, "postgres")
+
+        assert server.rows("SELECT count(*), count(DISTINCT n) FROM logins", "authdb") == [(3000, 3000)]
+        assert server.rows(
+            "SELECT tableowner, has_table_privilege('readonly', 'logins', 'SELECT') FROM pg_tables "
+            "WHERE tablename = 'logins'",
+            "authdb",
+        ) == [("app", True)]
+
+
+def test_the_runbooks_keys_come_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TEST_REDIS_PASSWORD", PASSWORD)
+    server = Server(tmp_path / "redis", next(iter(PROGRAMS.values())))
+    server.start()
+    try:
+        with server.client() as client:
+            client.mset({f"session:{number}": number for number in range(500)})
+            client.save()
+            kept = gzip.compress((server.data / "dump.rdb").read_bytes())
+            client.flushall()
+            client.set("other", "1")
+        store = LocalStore(tmp_path / "backups")
+        store.put(f"redis/redis_{NOW}.rdb.gz", [kept])
+        component = server.component(name="redis")
+        lines = f"""
+hosts = ["main"]
+[system]
+name = "ai-micro-service"
+[store]
+path = "{tmp_path / "backups"}"
+[catalog]
+url = "sqlite:///{tmp_path / "catalog.sqlite"}"
+[components.redis]
+kind = "redis"
+host = "main"
+"""
+        (tmp_path / "backup.toml").write_text(lines)
+        with configured(tmp_path / "backup.toml") as settings:
+            key = f"redis/redis_{NOW}.rdb.gz"
+            assert take_in(store, "", [], HELD)["imported"] == [key]
+            known = settings.model_copy(update={"components": {"redis": component}})
+            restore(known, key, "redis")
+        with server.client() as client:
+            assert client.dbsize() == 500
+            assert client.get("session:499") == b"499"
+    finally:
+        assert server.do("stop")
