@@ -25,7 +25,6 @@ SELECT r.rolsuper AS superuser, pg_is_in_recovery() AS standby, current_user AS 
        coalesce(current_setting('archive_library', true), '') AS archive_library,
        current_setting('max_wal_senders')::int AS max_wal_senders,
        current_setting('max_slot_wal_keep_size') AS max_slot_wal_keep_size,
-       coalesce(current_setting('summarize_wal', true), '') AS summarize_wal,
        current_setting('data_directory') AS data_directory,
        (SELECT string_agg(slot_name, ', ') FROM pg_replication_slots WHERE NOT temporary) AS slots
 FROM pg_roles r WHERE r.rolname = current_user
@@ -58,10 +57,6 @@ def preflight_server(session: Session, slot: str | None) -> list[Finding]:
                 f"-1: without a receiver, the WAL kept for the slot {row['slots'] or slot} fills the server's disk",
                 KEEP,
             )
-        )
-    if row["summarize_wal"] == "off":
-        found.append(
-            _setting("summarize_wal", "off, and incremental base backups need it", "on", advice=True)
         )
     return found
 
