@@ -38,6 +38,8 @@ SIDECAR_SUFFIX = ".metadata.json"
 SEAL = "record_sha256"
 """Key of a record's digest of all else in it."""
 FOLDERS = ("full_system/", "components/")
+LATEST = "latest"
+"""Means the newest full archive of a store."""
 """Prefixes of the keys of the archives that this system makes."""
 
 
@@ -206,20 +208,18 @@ def _seal(document: dict[str, Any]) -> str:
 
 
 def resolve(store: Store, name: str) -> str:
-    """Return the key of the archive that ``name`` means: a key, a file name, or either without its suffix.
+    """Return the key of the archive that ``name`` means: a key, a file name, either without its suffix, or `LATEST`.
 
     Raises ``ObjectNotFound`` naming the newest archives there are.
     """
     keys = [item.key for prefix in FOLDERS for item in store.list(prefix) if is_archive(item.key)]
-    for key in keys:
-        if means(name, key):
+    keys.sort(key=lambda key: bare(key)[-15:])
+    for key in reversed(keys):
+        if means(name, key) or (name == LATEST and key.startswith(FOLDERS[0])):
             return key
     with suppress(ObjectNotFound, IntegrityError, ValueError):
         return read_sidecar(store, name).key  # one of the runbook's, which lies anywhere
-    newest = (
-        ", ".join(PurePosixPath(key).name for key in sorted(keys, key=lambda key: bare(key)[-15:])[-3:])
-        or "none"
-    )
+    newest = ", ".join(PurePosixPath(key).name for key in keys[-3:]) or "none"
     raise ObjectNotFound(f"there is no archive {name}; the newest are: {newest}")
 
 

@@ -59,6 +59,10 @@ def delete(name: str, *, confirm: str | None = None, store: str = "store") -> st
     ``confirm`` must be the archive's name, as given. Raises ``NotConfirmed`` with what retention says of it,
     ``ObjectNotFound``, and ``Permanent`` while a run reads it.
     """
+    if name == archive.LATEST:
+        raise Permanent(
+            "name the archive that is to be deleted: which one is the latest may change meanwhile"
+        )
     key = archive.resolve(open_store(store_settings(store)), name)
     if key in read_now(store, [key]):
         raise Permanent(f"{key} is read by a run now; try again when that has ended")

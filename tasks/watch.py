@@ -9,9 +9,20 @@ from contextlib import contextmanager
 from typing import Any
 
 from kombu.exceptions import OperationalError
-from rich.console import Console
+from rich.console import Console, Group
+from rich.live import Live
 from rich.markup import escape
-from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    Progress,
+    SpinnerColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
+from rich.table import Column
 
 from tasks import archive
 from workers import catalog
@@ -26,22 +37,21 @@ POLL_SECONDS = 0.3
 
 def follow(run_id: str, *, console: Console | None) -> Run:
     """Return the run when it has ended; the watchdog sees to it that it does. ``console`` shows bars meanwhile."""
-    columns = (
-        "[progress.description]{task.description}",
-        BarColumn(),
-        DownloadColumn(),
-        TransferSpeedColumn(),
+    headline = Progress(SpinnerColumn(), "[progress.description]{task.description}", TimeElapsedColumn())
+    bars = Progress(
+        TextColumn("[progress.description]{task.description}"),
+        BarColumn(bar_width=20),
+        DownloadColumn(table_column=Column(no_wrap=True)),
+        TransferSpeedColumn(table_column=Column(no_wrap=True)),
+        TimeRemainingColumn(elapsed_when_finished=True),
     )
-    silent = console is None
-    with (
-        Progress(*columns, TimeRemainingColumn(), console=console, disable=silent) as bars,
-        _events(run_id, bars),
-    ):
-        headline = bars.add_task(f"run {run_id}", total=None)
+    phase = headline.add_task(f"run {run_id}", total=1)
+    shown = Group(headline, bars) if console else Group()
+    with Live(shown, console=console or Console(quiet=True)), _events(run_id, bars):
         while (run := catalog.get_run(run_id)).state is State.RUNNING:
-            bars.update(headline, description=f"run {run_id}: {run.phase}")
+            headline.update(phase, description=f"run {run_id}: {run.phase}")
             time.sleep(POLL_SECONDS)
-        bars.update(headline, description=f"run {run_id}: {run.state}", total=1, completed=1)
+        headline.update(phase, description=f"run {run_id}: {run.state}", completed=1)
     return run
 
 
@@ -65,9 +75,9 @@ def _events(run_id: str, bars: Progress) -> Iterator[None]:
         for item in event["items"]:
             key = (event["uuid"], item["label"])
             if key not in shown:
-                shown[key] = bars.add_task(
-                    escape(f"{event['component']} {item['label']}"), total=item["expected"]
-                )
+                component, label = event["component"], item["label"].removeprefix(f"{event['component']}.")
+                name = component if label == component else f"{component} {label}"
+                shown[key] = bars.add_task(escape(name), total=item["expected"])
             total = (
                 item["done"] if item["finished"] else item["expected"] and max(item["expected"], item["done"])
             )

@@ -11,7 +11,7 @@ from tasks.commands.common import From, Json, Wait, translated
 
 
 def restore(
-    archive: Annotated[str, typer.Argument(help="Name of the archive, as `list` shows it.")],
+    archive: Annotated[str, typer.Argument(help="Name of the archive, as `list` shows it, or `latest`.")],
     *,
     component: Annotated[str | None, typer.Option(help="Restore only this component.")] = None,
     confirm: Annotated[

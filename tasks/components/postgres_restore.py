@@ -91,8 +91,8 @@ class DumpRestore:
             recorded = set(part.holds.get("roles", roles))
             if part.kind in (GLOBALS, PLAIN) and asked.everything:
                 lines.append(
-                    f"{len(roles & recorded)} roles on {self.place}: attributes, passwords, settings and memberships "
-                    f"would be set to those of {_when(part)}"
+                    f"roles on {self.place}: attributes, passwords, settings and memberships of "
+                    f"{len(roles & recorded)} would be set to those of {_when(part)}"
                 )
             elif part.kind in (GLOBALS, PLAIN):
                 lines.append(

@@ -78,6 +78,7 @@ def test_a_lost_catalogue_is_made_anew_and_an_archive_deleted_by_hand(system: Sy
     name = PurePosixPath(kept).name
     assert exit_status(system, "delete", name) == 3
     assert exit_status(system, "delete", name, "--confirm", "another") == 3
+    assert exit_status(system, "delete", "latest", "--confirm", "latest") != 0
     assert kept in archives(system)
     system.cli("delete", name, "--confirm", name)
     assert kept not in archives(system)

@@ -980,7 +980,9 @@ def test_the_plan_says_what_would_be_overwritten(cluster: Cluster) -> None:
     spoil_small(cluster)
     cluster.execute("one", "ANALYZE")
     globals_line, one, two = cluster.component.overwrites(parts)
-    assert re.match(r"2 roles on pg \(127\.0\.0\.1\): attributes, passwords", globals_line)
+    assert re.match(
+        r"roles on pg \(127\.0\.0\.1\): attributes, passwords, settings and memberships of 2", globals_line
+    )
     assert re.match(
         r"database one on pg \(127\.0\.0\.1\): 1 tables, about 2 rows now \([0-9.]+ MB\), would be replaced by the one of 20",
         one,

@@ -345,6 +345,17 @@ def test_it_is_found_by_every_name_it_has(written: World, name: str) -> None:
     assert archive.resolve(written.store, name) == FULL
 
 
+def test_the_latest_is_the_newest_full_archive(world: World) -> None:
+    with pytest.raises(ObjectNotFound, match="there is no archive latest"):
+        archive.resolve(world.store, archive.LATEST)
+    for key in ("full_system/full_backup_20260101_000000", "components/z_backup_29990101_000000"):
+        world.store.put(f"{key}.tar.gz", [b""])
+    world.write()
+    assert archive.resolve(world.store, archive.LATEST) == FULL
+    world.store.put("full_system/full_backup_29980101_000000.tar.gz", [b""])
+    assert archive.resolve(world.store, archive.LATEST) == "full_system/full_backup_29980101_000000.tar.gz"
+
+
 def test_of_an_unknown_name_the_newest_archives_are_told(world: World) -> None:
     with pytest.raises(ObjectNotFound, match="there is no archive x; the newest are: none"):
         archive.resolve(world.store, "x")
