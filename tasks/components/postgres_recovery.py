@@ -139,6 +139,8 @@ class Recovery:
         if self.options.folder:
             self.tree.swap(self.restore)
             return
+        if not self._exists("staged"):
+            raise Permanent(f"{self.component.name}: nothing is staged in {self.staging}")
         service = self.component.service
         if not self._exists("stopping"):
             self._note("stopping", "running" if service.is_running() else "down")
@@ -205,13 +207,14 @@ class Recovery:
         wal = list_wal(store, self.component.name, system)
         target = Target.of(self.options, list_collections(store, self.component.name, system), part.holds)
         target.require_wal(wal, part.holds)
-        uid, gid = map(int, self._sh(ARRANGE, self.live, self.staging).split())
+        timestamps, uid, gid = self._sh(ARRANGE, self.live, self.staging, programs).split()
         work = self.staging / "work"
         fetch = str(work / "fetch.sh").replace("%", "%%")
         settings = {
             "restore_command": f'sh {shlex.quote(fetch)} "%f" "%p"',
             "hba_file": str(work / "pg_hba.conf"),
             "ident_file": str(work / "pg_ident.conf"),
+            "track_commit_timestamp": timestamps,
             **target.settings,
             **STAGED,
         }
@@ -222,7 +225,13 @@ class Recovery:
         folders = [str(self.live / "pg_wal"), *map(str, filter(None, [self.component.wal_archive]))]
         self._put("work/fetch.sh", FETCH.replace("{folders}", shlex.join(folders)))
         feed = WalFeed(
-            store, wal, target.timeline, self.component.runtime, work / "wal", (uid, gid), target.until
+            store,
+            wal,
+            target.timeline,
+            self.component.runtime,
+            work / "wal",
+            (int(uid), int(gid)),
+            target.until,
         )
         words = [programs, str(self.staging / "new/data"), str(work), self.component.user]
         process = self.component.runtime.spawn(["sh", "-c", SCRIPT, "sh", *words], env={"LC_ALL": "C"})

@@ -87,8 +87,10 @@ if [ -e "$data/postgresql.auto.conf" ]; then mv "$data/postgresql.auto.conf" "$s
 : >"$data/recovery.signal"
 chmod 700 "$data"
 if [ "$(id -u)" = 0 ]; then chown "$owner" "$staging" "$staging/new"; [ "$(stat -c %u "${staging%/*}")" != 0 ] || chown "$owner" "${staging%/*}"; chown -R "$owner" "$data" "$staging/work"; fi
+LC_ALL=C "$3/pg_controldata" "$data" | sed -n 's/^track_commit_timestamp setting: *//p'
 stat -c '%u %g' "$data"
 """
+"""Prints whether commit timestamps are tracked, which a server that does not forgets, and the owner of the data."""
 
 FINISH = """
 staging=$2 data=$2/new/data live=$1
