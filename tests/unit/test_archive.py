@@ -142,7 +142,7 @@ class World:
             suffix = ".zst.age" if recipients else ".zst"
             file = f"{name}.{number}%20é.bin{suffix}".replace("é", "%C3%A9")
             record = streams.write(
-                self.store, f"parts/{RUN_ID}/{file}", iter([content]), level=3, recipients=recipients
+                self.store, f"parts/{self.run.id}/{file}", iter([content]), level=3, recipients=recipients
             )
             began = STARTED + timedelta(seconds=number)
             part = Part(
@@ -602,6 +602,47 @@ def test_encrypted_it_is_verified_and_read_with_a_key_only(encrypted: World) -> 
     assert archive.read_metadata(encrypted.store, key).run.id == RUN_ID
     with pytest.raises(Permanent, match=r"no private key here; name one in encryption\.identities"):
         archive.verify(encrypted.store, key)
+
+
+def test_after_a_change_of_keys_each_archive_opens_with_those_it_was_made_for(
+    world: World, tmp_path: Path
+) -> None:
+    """The way of docs/architecture.md: the new key beside the old one first, then the new one alone."""
+    keys = {name: x25519.Identity.generate() for name in ("old", "new")}
+    for name, identity in keys.items():
+        (tmp_path / name).write_text(f"{identity}\n")
+    (tmp_path / "both").write_text(f"{keys['old']}\n{keys['new']}\n")
+
+    def settle(recipients: Sequence[str], *files: str) -> None:
+        sealing = EncryptionSettings(
+            recipients=tuple(str(keys[name].to_public()) for name in recipients),
+            identities=tuple(Secret(file=tmp_path / file) for file in files),
+        )
+        world.settings = world.settings.model_copy(update={"encryption": sealing})
+
+    archives, parts = {}, {}
+    for minute, recipients in enumerate((("old",), ("new", "old"), ("new",))):
+        settle(recipients)  # no host needs a private key for a backup
+        world.run.id = f"20261122_02{minute:02}00"
+        world.steps = [world._step(name, contents) for name, contents in PLAIN.items()]
+        archives[recipients] = world.write().key
+        parts[recipients] = Part.model_validate((world.steps[1].result or {})["parts"][0])
+
+    def opens(recipients: Sequence[str], *files: str) -> bool:
+        settle(("new",), *files)
+        key, part = archives[tuple(recipients)], parts[tuple(recipients)]
+        try:
+            archive.verify(world.store, key)
+            return b"".join(archive.read_part(world.store, key, part)) == PLAIN["docs"][0]
+        except Permanent as error:
+            if "is encrypted for other keys than those of encryption.identities" not in str(error):
+                raise
+            return False
+
+    opened = {files: [opens(made, *files) for made in archives] for files in (("old",), ("new",))}
+    assert opened == {("old",): [True, True, False], ("new",): [False, True, True]}
+    for files in (("both",), ("old", "new"), ("new", "old", "absent")):
+        assert all(opens(made, *files) for made in archives)
 
 
 def test_a_changed_byte_in_a_record_is_noticed(written: World) -> None:
