@@ -19,7 +19,7 @@ from celery import Task
 from tasks import archive
 from tasks.runs import WORKFLOWS, Work, begin
 from tasks.step import perform
-from tasks.verify import note_restored
+from tasks.verify import make_way_for, note_restored
 from tasks.wal import require_no_collection
 from workers import catalog
 from workers.app import app
@@ -106,6 +106,8 @@ def _start(
     run = catalog.open_run(kind, job="manual", components=chosen, archive=key, options=options, store=table)
     if run is None or run.cause:
         raise Permanent(f"the restore was not started: {run.cause if run else 'it exists'}")
+    if not plan:
+        make_way_for(run)
     begin(run)
     return run.id
 

@@ -17,9 +17,10 @@ from celery import Task
 from tasks import archive
 from tasks.runs import WORKFLOWS, Work, begin
 from tasks.step import perform
+from tasks.watchdog import end_run
 from workers import catalog
 from workers.app import app
-from workers.catalog import LEVELS, Kind, Run, Step, Verification
+from workers.catalog import LEVELS, Kind, Run, State, Step, Verification
 from workers.component import Part, Restore
 from workers.errors import ComparisonError, IntegrityError, ObjectNotFound, Permanent
 from workers.hosts import CONTROL, queue_of
@@ -34,6 +35,8 @@ VERIFY, REHEARSE = "verify", "rehearse"
 """Names of the scheduled jobs, which verify the newest full archive: by its structure, and by restoring it."""
 SMALLEST = 1000
 """Bytes that an archive has at least, as the runbook demands."""
+ON_HOSTS = ("structure", "restore")
+"""The levels that work where the components are, under their leases; they do not go on beside a restore."""
 BAD = (IntegrityError, ComparisonError, ObjectNotFound)
 """Errors that say something of the archive; all others say only that it could not be verified."""
 
@@ -59,8 +62,9 @@ def verify_archive(
     opened = open_store(settings.store_of(store))
     key = _find(opened, store, name) if name else _newest_full()
     components = _components(opened, key)
-    deep = level in ("structure", "restore")
-    if deep and (unknown := [component for component in components if component not in settings.components]):
+    if level in ON_HOSTS and (
+        unknown := [component for component in components if component not in settings.components]
+    ):
         raise Permanent(f"the settings know no component {', '.join(unknown)}, which {key} holds")
     when = datetime.fromisoformat(scheduled_at) if scheduled_at else None
     run = catalog.open_run(
@@ -190,7 +194,7 @@ class VerifyWorkflow:
         steps = []
         if phase != "restore":
             steps = [Work("archive", "tasks.verify.verify_bytes", where, CONTROL, f"run-{run.id}")]
-        if phase in ("structure", "restore"):
+        if phase in ON_HOSTS:
             components = get_settings().components
             steps += [
                 Work(
@@ -218,7 +222,23 @@ class VerifyWorkflow:
             return None
         catalog.note(run.id, outcome={phase: details})
         asked = LEVELS.index(run.options["level"])
-        return LEVELS[LEVELS.index(phase) + 1] if LEVELS.index(phase) < asked else None
+        following = LEVELS[LEVELS.index(phase) + 1] if LEVELS.index(phase) < asked else None
+        if following in ON_HOSTS and (restores := catalog.list_runs(state=State.RUNNING, kind=Kind.RESTORE)):
+            catalog.note(run.id, cause=f"{following} was not looked at: {gave_way(restores[0])}")
+            return None
+        return following
+
+
+def gave_way(restore: Run) -> str:
+    """Say why a verification ended that would have worked on hosts beside a restore."""
+    return f"it gave way to the restore {restore.id}"
+
+
+def make_way_for(restore: Run) -> None:
+    """End the verifications that work on hosts: a restore is not kept waiting for their leases, nor meets their scratch places."""
+    for run in catalog.list_runs(state=State.RUNNING, kind=Kind.VERIFY):
+        if run.phase in ON_HOSTS:
+            end_run(run, f"{run.phase} was not ended: {gave_way(restore)}")
 
 
 def note_restored(run: Run) -> None:

@@ -38,9 +38,18 @@ def watch(self: Task[Any, Any]) -> None:
         log.warning("not watching now: %s", error)
 
 
+def end_run(run: Run, cause: str) -> None:
+    """End a running run as failed, whoever works on it: none of them can commit anything after."""
+    steps: Sequence[Step] = [step for step in catalog.steps_of(run.id, run.phase) if step.finished is None]
+    for step in steps:
+        _fail(step, cause)
+        app.control.revoke(step.task_id, terminate=True, signal="SIGQUIT")
+    catalog.finish_run(run.id, cause=cause)
+
+
 def _watch_run(run: Run, census: Census, waiting: dict[str, int], settings: Settings) -> None:
     if now() - run.started > timedelta(seconds=settings.limits.run):
-        _end_run(run, f"it took longer than {settings.limits.run:g} s (limits.run)")
+        end_run(run, f"it took longer than {settings.limits.run:g} s (limits.run)")
         return
     steps = catalog.steps_of(run.id, run.phase)
     for step in steps:
@@ -92,14 +101,6 @@ def _fail(step: Step, cause: str) -> None:
     log.error("%s of run %s: %s", step.name, step.run_id, cause)
     locks.end_holder(get_settings(), step.task_id)
     end_step(step, {"ok": False, "error": cause})
-
-
-def _end_run(run: Run, cause: str) -> None:
-    steps: Sequence[Step] = [step for step in catalog.steps_of(run.id, run.phase) if step.finished is None]
-    for step in steps:
-        _fail(step, cause)
-        app.control.revoke(step.task_id, terminate=True, signal="SIGQUIT")
-    catalog.finish_run(run.id, cause=cause)
 
 
 def _age(moment: datetime) -> float:

@@ -149,6 +149,40 @@ def test_what_is_wrong_ends_the_run_loudly_and_stands_in_the_ledger(ledger: None
     assert (line.ok, line.details) == (False, {"wrong": ["keys: a byte differs"]})
 
 
+def test_beside_a_restore_it_goes_on_in_the_store_alone(
+    ledger: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ended: list[str] = []
+    monkeypatch.setattr("tasks.watchdog.locks.end_holder", lambda _settings, holder: ended.append(holder))
+    monkeypatch.setattr("tasks.watchdog.app.control.revoke", lambda *_names, **_how: None)
+    deep, shallow, workflow = opened("restore"), opened("checksum"), VerifyWorkflow()
+    for run, phase, steps in (
+        (deep, "structure", [step(deep, "structure", "keys")]),
+        (shallow, "checksum", [step(shallow, "checksum", "archive")]),
+    ):
+        assert catalog.enter_phase(run.id, leaving="", entering=phase, steps=steps)
+    restore = catalog.open_run(Kind.RESTORE, job="manual", components=["keys"], archive=KEY)
+    assert restore
+
+    verify.make_way_for(restore)
+
+    assert ended == ["keys"], "the task that worked on the host"
+    assert (
+        catalog.get_run(deep.id).cause == f"structure was not ended: it gave way to the restore {restore.id}"
+    )
+    assert catalog.get_run(shallow.id).state is catalog.State.RUNNING
+
+    later = opened("structure")
+    found = {phase: [step(later, phase, "archive", result={"found": {}})] for phase in ("exists", "checksum")}
+    assert workflow.following(later, "exists", found["exists"]) == "checksum"
+    assert workflow.following(later, "checksum", found["checksum"]) is None
+    cause = f"structure was not looked at: it gave way to the restore {restore.id}"
+    assert catalog.get_run(later.id).cause == cause
+    assert [line.level for line in catalog.list_verifications()] == ["exists", "checksum"]
+    catalog.finish_run(restore.id)
+    assert workflow.following(opened("structure"), "checksum", found["checksum"]) == "structure"
+
+
 def test_what_could_not_be_verified_is_no_verdict(ledger: None) -> None:
     run = opened("restore")
 

@@ -73,11 +73,17 @@ def get_run(run_id: str) -> Run:
     return run
 
 
-def list_runs(*, state: State | None = None, limit: int | None = None) -> Sequence[Run]:
+def list_runs(
+    *, state: State | None = None, kind: Kind | None = None, limit: int | None = None
+) -> Sequence[Run]:
     """Return runs, the newest first."""
     query = select(Run).order_by(col(Run.id).desc()).limit(limit)
+    if state:
+        query = query.where(Run.state == state)
+    if kind:
+        query = query.where(Run.kind == kind)
     with session() as catalog:
-        return catalog.exec(query.where(Run.state == state) if state else query).all()
+        return catalog.exec(query).all()
 
 
 def enter_phase(run_id: str, *, leaving: str, entering: str, steps: Sequence[Step]) -> bool:
