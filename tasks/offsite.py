@@ -7,8 +7,8 @@ failed is gone on with by the next.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import PurePosixPath
@@ -17,6 +17,7 @@ from typing import Any
 from celery import Task
 
 from tasks import archive
+from tasks.prune import keeps
 from tasks.runs import WORKFLOWS, Work, begin
 from tasks.step import perform
 from workers import catalog
@@ -99,7 +100,8 @@ def wanted(artifact: Artifact, offsite: OffsiteSettings) -> bool:
 def lacking(offsite: OffsiteSettings) -> list[str]:
     """Return the keys of the wanted archives that the offsite store lacks or has otherwise, the newest first.
 
-    Makes the catalogue's copies those that are there: what is gone is forgotten, what is there and unknown noted.
+    Those that its own retention would delete at once are not wanted. Makes the catalogue's copies those that are there:
+    what is gone is forgotten, what is there and unknown noted.
     """
     target = open_store(offsite.store)
     there = {item.key: item.size for prefix in ARCHIVES for item in target.list(prefix)}
@@ -107,9 +109,11 @@ def lacking(offsite: OffsiteSettings) -> list[str]:
     for key, copy in known.items():
         if there.get(key) != copy.size or archive.sidecar_key(key) not in there:
             catalog.drop_copy(key)
+    artifacts = catalog.list_artifacts()
+    kept = keeps(OFFSITE, _candidates(artifacts, target, there, offsite))
     missing = []
-    for artifact in catalog.list_artifacts():
-        if wanted(artifact, offsite):
+    for artifact in artifacts:
+        if wanted(artifact, offsite) and artifact.key in kept:
             copied = known.get(artifact.key)
             if there.get(artifact.key) != artifact.size or archive.sidecar_key(artifact.key) not in there:
                 missing.append(artifact.key)
@@ -119,6 +123,21 @@ def lacking(offsite: OffsiteSettings) -> list[str]:
                 else:
                     missing.append(artifact.key)
     return missing
+
+
+def _candidates(
+    artifacts: Iterable[Artifact], target: Store, there: Collection[str], offsite: OffsiteSettings
+) -> Iterator[Artifact]:
+    """Yield the archives that the offsite store would hold if all wanted ones were copied."""
+    here = set()
+    for artifact in artifacts:
+        here.add(artifact.key)
+        if artifact.key in there or wanted(artifact, offsite):
+            yield artifact
+    for key in sorted(there):
+        if archive.is_archive(key) and key not in here:
+            with suppress(ObjectNotFound, IntegrityError):  # then it is no copy
+                yield archive.artifact_of(archive.read_sidecar(target, key))
 
 
 @dataclass(frozen=True)

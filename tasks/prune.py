@@ -6,7 +6,7 @@ that is none: an archive without its record is still whole, and the row that is 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from typing import Any
@@ -112,18 +112,28 @@ class Survey:
 
 def survey(table: str) -> Survey:
     """Return what a prune of a store would do now, without doing it."""
-    settings = get_settings()
     backups, notes = known_archives(table)
+    plan = _plan(table, backups, read=read_now(table, [backup.key for backup in backups]))
+    bases = {backup.key: list(backup.bases.values()) for backup in backups}
+    return Survey(plan, bases, notes)
+
+
+def keeps(table: str, rows: Iterable[Artifact]) -> frozenset[str]:
+    """Return the keys of those archives that a store's retention would keep if it held just these."""
+    standing = catalog.proofs(catalog.list_verifications())
+    return _plan(table, [backup_of(row, standing.get((table, row.key))) for row in rows]).kept
+
+
+def _plan(table: str, backups: Sequence[Backup], read: Collection[str] = ()) -> Plan:
+    settings = get_settings()
     retention = retention_of(settings, table)
-    plan = decide(
+    return decide(
         backups,
         lambda backup: policies_of(backup, settings, retention),
         catalog.now(),
-        read=read_now(table, [backup.key for backup in backups]),
+        read=read,
         wal_days=dict.fromkeys(settings.components, retention.wal_days),
     )
-    bases = {backup.key: list(backup.bases.values()) for backup in backups}
-    return Survey(plan, bases, notes)
 
 
 def prune_archives(table: str, lease: Lease) -> dict[str, Any]:

@@ -194,7 +194,7 @@ class OffsiteSettings(Strict):
     read_back: bool = True
     """Whether a copy is read again and compared; else the checksums of the transfer have to do."""
     retention: RetentionSettings = RetentionSettings()
-    """Of the copies; no shorter than that of the main store, which would copy again what was deleted here."""
+    """Of the copies. What it would delete at once is not copied."""
 
     @model_validator(mode="after")
     def _infrequent_access(self) -> OffsiteSettings:

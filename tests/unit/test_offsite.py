@@ -15,17 +15,24 @@ import pytest
 
 from tasks import archive, offsite, preflight
 from tasks.archive import Archive, Metadata, RunRecord
+from tasks.prune import prune_archives
 from tests.configured import configured, write_settings
 from workers import catalog
 from workers.catalog import Artifact
+from workers.component import Part
 from workers.errors import IntegrityError, Permanent, SettingsError
-from workers.sections import LocalStoreSettings, OffsiteSettings, S3StoreSettings
+from workers.locks import Lease
+from workers.sections import LocalStoreSettings, OffsiteSettings, RetentionPolicy, S3StoreSettings
 from workers.settings import Settings
 from workers.storage import StoredObject
 from workers.storage.local import LocalStore
 from workers.streams import Digest
 
 NOW = datetime(2026, 11, 22, 2, tzinfo=UTC)
+BASE = {
+    "system_identifier": "7", "timeline": 1, "start_lsn": "0/2000028", "stop_lsn": "0/2000120",
+    "finished": "2026-11-22T02:00:00+00:00",
+}  # fmt: skip
 
 
 class Item:
@@ -51,17 +58,22 @@ class World:
         self.target = LocalStore(cast("LocalStoreSettings", offsite_.store).path)
         self.offsite = offsite_
 
-    def add(self, key: str, content: bytes = b"archive " * 1000, kind: str = "files") -> Artifact:
+    def add(
+        self, key: str, content: bytes = b"archive " * 1000, kind: str = "files", created: datetime = NOW
+    ) -> Artifact:
         digest = Digest()
         self.source.put(key, digest.through([content]))
         run = RunRecord(id="20261122_020000", job="manual", started=NOW, finished=NOW)
+        part = Part(
+            name="part", component="settings", host="app1", kind=kind, codec="zstd", size=1, sha256="f", plain_size=1,
+            plain_sha256="f", started=created, finished=created, holds=BASE,
+        )  # fmt: skip
         metadata = Metadata(
-            backup_time=NOW, system_version="1", components={}, system_name="shop", run=run, parts=()
+            backup_time=created, system_version="1", components={}, system_name="shop", run=run, parts=(part,)
         )
         record = Archive(key=key, size=digest.size, sha256=digest.sha256, metadata=metadata)
         self.source.put(archive.sidecar_key(key), [record.model_dump_json().encode()])
         artifact = archive.artifact_of(record)
-        artifact.details = {"parts": [{"kind": kind}]}
         catalog.add_artifact(artifact)
         return artifact
 
@@ -113,6 +125,22 @@ def test_archives_are_chosen_by_what_the_settings_say(world: World, what: list[s
     chosen = OffsiteSettings.model_validate({"store": world.offsite.store, "what": what})
 
     assert sorted(offsite.lacking(chosen)) == keys
+
+
+def test_what_the_offsite_retention_would_delete_at_once_is_not_copied(world: World) -> None:
+    """A retention shorter than the main store's copied again each night what it had pruned in the morning."""
+    days = {day: f"components/settings_backup_202611{day}_020000.tar.gz" for day in (20, 21, 22)}
+    for day, key in days.items():
+        world.add(key, created=NOW.replace(day=day))
+    world.offsite.retention.components["settings"] = RetentionPolicy(last=2)
+    chosen = world.offsite.model_copy(update={"what": ("components",)})
+    assert offsite.lacking(chosen) == [days[22], days[21]]
+
+    for artifact in catalog.list_artifacts():
+        catalog.add_copy(world.copier().archive(artifact))
+    catalog.drop_artifact(days[22])  # known by its record alone
+    assert prune_archives("offsite", cast("Lease", Double()))["dropped"] == [days[20]]
+    assert offsite.lacking(chosen) == []
 
 
 def test_a_copy_is_the_same_has_its_record_and_is_made_once(world: World) -> None:
