@@ -1,77 +1,164 @@
-"""A server recovered to a point in time by the command and real workers."""
+"""WAL and recoveries by real workers, with PostgreSQL 15, 17 and 18 side by side: what is lost is named, a new base backup
+follows by itself, and a server comes back to a moment.
+"""
 
 from __future__ import annotations
 
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack
 from json import dumps
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from tasks.components.postgres_archiving import archive_command
 from tests.postgres_servers import Postgres, postgres_server
-from tests.systems import System
+from tests.systems import System, wait_until
 
 ARCHIVING = {"archive_mode": "on", "archive_command": archive_command("{archive}"), "autovacuum": "off"}
+MAJORS = (15, 17, 18)
+
+Servers = Mapping[str, Postgres]
 
 pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
-def server() -> Iterator[Postgres]:
+def servers() -> Iterator[Servers]:
+    """The servers by the names of their components."""
     # The recovering server runs as the data folder's owner, who may not enter this process's own folders.
     folder = Path(tempfile.mkdtemp(prefix="ai-micro-backup-test-"))
     folder.chmod(0o755)
-    with postgres_server(18, folder, settings=ARCHIVING) as started:
-        yield started
+    with ExitStack() as stack:
+        yield {
+            f"db{major}": stack.enter_context(postgres_server(major, folder / str(major), settings=ARCHIVING))
+            for major in MAJORS
+        }
     shutil.rmtree(folder)
 
 
 @pytest.fixture(scope="module")
-def system(cluster_factory: Callable[..., System], server: Postgres) -> System:
-    table = {**server.settings("db"), **server.control(), "wal_archive": str(server.archive)}
-    password = dumps(table.pop("password")["file"])
-    lines = "".join(f"{key} = {dumps(value)}\n" for key, value in table.items() if key != "name")
-    components = f"[components.db]\n{lines}password = {{ file = {password} }}\n"
+def system(cluster_factory: Callable[..., System], servers: Servers) -> System:
+    components = ""
+    for name, server in servers.items():
+        table = {**server.settings(), **server.control(), "wal_archive": str(server.archive)}
+        password = dumps(table.pop("password")["file"])
+        lines = "".join(f"{key} = {dumps(value)}\n" for key, value in table.items() if key != "name")
+        components += f"[components.{name}]\n{lines}password = {{ file = {password} }}\n"
     return cluster_factory(components, workers=("control", "db1"), beat=False)
 
 
-def test_recover_brings_back_the_moment_and_says_so(system: System, server: Postgres) -> None:
+def collect(system: System, *, status: int = 0) -> dict[str, Any]:
+    document: dict[str, Any] = system.cli("collect", status=status)
+    return document
+
+
+def write(servers: Servers) -> dict[str, str]:
+    """Commit something on each server, close the segment and return its name."""
+    names = {}
+    for name, server in servers.items():
+        server.execute(
+            "CREATE TABLE IF NOT EXISTS written (t text); INSERT INTO written VALUES (now()::text)"
+        )
+        names[name] = str(
+            server.rows("SELECT pg_walfile_name(pg_current_wal_insert_lsn()), pg_switch_wal()")[0][0]
+        )
+    return names
+
+
+def recoverable(system: System) -> dict[str, dict[str, Any]]:
+    return {one["component"]: one for one in system.cli("status", status=5)["recoverable"]}
+
+
+def base_backups(system: System, count: int) -> None:
+    """Wait until so many base backups of each server are complete and none is running."""
+
+    def states() -> list[Any]:
+        return system.query("SELECT state, options FROM run WHERE kind = 'BACKUP' ORDER BY id")
+
+    expected = [("COMPLETE", '{"base": "full"}')] * count * len(MAJORS)
+    assert wait_until(lambda: states() == expected, timeout=120), states()
+
+
+def test_removed_segment_is_named_and_a_new_base_backup_follows(system: System, servers: Servers) -> None:
+    for found in system.cli("preflight", *servers).values():
+        assert [finding for finding in found if not finding["advice"]] == []
+    write(servers)
+    assert all(one["files"] >= 2 for one in collect(system)["outcome"].values())
+    base_backups(system, 1)  # the first WAL chain had none
+    write(servers)
+    assert not any("base_backup" in one for one in collect(system)["outcome"].values())
+    before = recoverable(system)
+    assert list(before) == list(servers)
+    for one in before.values():
+        assert one["gaps"] == []
+        assert one["late"] is False
+        assert one["target_seconds"] == 6 * 3600
+
+    lost = write(servers)
+    for name, server in servers.items():
+        segment = server.archive / lost[name]
+        assert wait_until(segment.exists, timeout=60)
+        segment.unlink()
+    write(servers)
+    found = collect(system, status=1)
+    assert found["state"] == "failed"
+    for name, segment in lost.items():
+        assert f"{name}: not recoverable from " in found["cause"]
+        assert f"{segment} is missing" in found["cause"]
+    base_backups(system, 2)
+
+    write(servers)
+    healed = collect(system)["outcome"]
+    base_backups(system, 2)  # one is enough
+    after = recoverable(system)
+    said = system.cluster.run("ai-micro-backup", "status", timeout=60).stdout
+    for name, segment in lost.items():
+        assert f"{segment} is missing" in healed[name]["gaps"][0], "the gap stays one"
+        (gap,) = after[name]["gaps"]
+        assert (gap["missing"], gap["start"]) == ([segment], before[name]["newest"])
+        assert [one["start"] for one in after[name]["ranges"]][-1] == gap["end"]
+        assert after[name]["newest"] == healed[name]["collection"]["taken"].replace("Z", "+00:00")
+        assert f"{segment} is missing" in said
+    assert "newest recoverable point" in said
+
+
+def test_recover_brings_back_the_moment_and_says_so(system: System, servers: Servers) -> None:
+    server = servers["db18"]
     server.execute("CREATE TABLE notes AS SELECT 'kept' AS t")
-    system.cli("backup", "db", "--base", "full")
-    server.execute("INSERT INTO notes VALUES ('also kept')")
     moment = server.rows("SELECT clock_timestamp()")[0][0].isoformat()
     server.execute("INSERT INTO notes VALUES ('too late')")
-    system.cli("collect")
+    system.cli("collect", "db18")
 
-    refused = system.cluster.run("ai-micro-backup", "recover", "db", "--to-time", moment, timeout=60)
+    refused = system.cluster.run("ai-micro-backup", "recover", "db18", "--to-time", moment, timeout=60)
     assert refused.returncode == 3, "it is not confirmed"
     for words, said in {
         ("--to-time", moment.replace("+00:00", "").partition("+")[0]): "has no zone",
         ("--to-time", "2020-01-01T00:00:00Z"): "possible is 20",
         ("--to-lsn", "FF/0"): "possible is 20",
     }.items():
-        refused = system.cluster.run("ai-micro-backup", "recover", "db", *words, timeout=60)
+        refused = system.cluster.run("ai-micro-backup", "recover", "db18", *words, timeout=60)
         assert refused.returncode != 0
         assert said in " ".join(refused.stderr.split()), refused.stderr
-    (line,) = system.cli("recover", "db", "--to-time", moment, "--plan")["outcome"]["overwrites"]
+    (line,) = system.cli("recover", "db18", "--to-time", moment, "--plan")["outcome"]["overwrites"]
     assert f"in {server.data_dir}, would be replaced" in line
-    assert len(server.rows("SELECT t FROM notes")) == 3
+    assert len(server.rows("SELECT t FROM notes")) == 2
 
-    run = system.cli("recover", "db", "--to-time", moment, "--confirm", "db")
+    run = system.cli("recover", "db18", "--to-time", moment, "--confirm", "db18")
     assert run["state"] == "complete"
-    assert server.rows("SELECT t FROM notes ORDER BY 1") == [("also kept",), ("kept",)]
+    assert server.rows("SELECT t FROM notes ORDER BY 1") == [("kept",)]
     reached = run["outcome"]["reached"]
     assert reached["timeline"] == 2
     assert reached["stopped"].startswith("recovery stopping before commit of transaction")
 
     server.execute("INSERT INTO notes VALUES ('on the new timeline')")
     scratch = server.data_dir.parent / "scratch"
-    system.cli("collect")
-    run = system.cli("recover", "db", "--latest", "--into", str(scratch))
+    system.cli("collect", "db18")
+    run = system.cli("recover", "db18", "--latest", "--into", str(scratch))
     assert str(scratch) in run["outcome"]["start"]
     assert (scratch / "PG_VERSION").exists()
     assert "archive_mode = off" in (scratch / "postgresql.auto.conf").read_text()
-    assert len(server.rows("SELECT t FROM notes")) == 3
+    assert len(server.rows("SELECT t FROM notes")) == 2
