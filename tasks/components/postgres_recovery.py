@@ -7,6 +7,7 @@ store a few at a time, each checked on its way. Only what it recovered to the ta
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import shlex
@@ -18,6 +19,7 @@ from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
 
 from tasks.components.postgres_base import BASE, check_base, checked
+from tasks.components.postgres_cluster import IDENTIFIER, require_same_cluster
 from tasks.components.postgres_options import RestoreOptions
 from tasks.components.postgres_recovery_scripts import (
     ARRANGE,
@@ -172,14 +174,7 @@ class Recovery:
         if self.options.folder is None:
             if component.container is None and not (component.start and component.stop and component.status):
                 raise Permanent(f"{component.name}: a recovery needs the commands start, stop and status")
-            recorded = str(self.part.holds["system_identifier"])
-            found = self._sh(LOOK, self.live, programs).strip()
-            if found and found != recorded and not self.options.new_cluster:
-                raise Permanent(
-                    f"{component.name}: {self.live} is another cluster than the one backed up: its system identifier is "
-                    f"{found}, the backup's {recorded}. Is the recovery aimed at the wrong server? If this one was set up "
-                    "anew in its place, recover with --onto-new-cluster (option new_cluster)"
-                )
+            self._require_same_cluster(programs)
         elif self._sh(
             '[ ! -e "$1" ] || ls -A "$1" | grep -v "^\\.ai-micro-backup-" || true', self.root
         ).strip():
@@ -191,6 +186,25 @@ class Recovery:
             self._sh(REQUIRE_PLACE, self.root, self.part.plain_size // 1024, where)
         except CommandFailed as error:
             raise Permanent(f"{component.name}: {self.root}: {error.stderr}") from error
+
+    def _require_same_cluster(self, programs: str) -> None:
+        """Refuse a data folder of another cluster, unless its server answers and holds no table, as a new one does."""
+        component, recorded = self.component, str(self.part.holds["system_identifier"])
+        found = self._sh(LOOK, self.live, programs).strip()
+        if found in ("", recorded) or self.options.new_cluster:
+            return
+        with contextlib.suppress(RuntimeUnavailable):
+            server = component.server(component.maintenance_database)
+            with server.session(component.maintenance_database) as session:
+                if str(session.value(IDENTIFIER)) == found:
+                    require_same_cluster(server, session, component.place, [self.part])
+                    return
+        raise Permanent(
+            f"{component.name}: {self.live} is another cluster than the one backed up: its system identifier is "
+            f"{found}, the backup's {recorded}; and its server does not answer to say whether it is in use. Is the "
+            "recovery aimed at the wrong server? If this one was set up anew in its place, recover with "
+            "--onto-new-cluster (option new_cluster)"
+        )
 
     def _programs(self) -> str:
         major = re.split(r"\D", str(self.part.holds["server_version"]))[0]

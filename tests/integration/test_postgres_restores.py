@@ -7,11 +7,13 @@ import dataclasses
 import gzip
 import logging
 import secrets
+import shutil
 import subprocess
+import tempfile
 from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
@@ -19,6 +21,7 @@ from tasks.components import postgres_stage
 from tasks.components.postgres import Component
 from tasks.components.postgres_compare import compare
 from tasks.components.postgres_dump import DUMP, PLAIN
+from tests.integration.test_postgres_base import back_up
 from tests.postgres_servers import Postgres, ServePostgres, postgres_server
 from workers import streams
 from workers.component import Part, Restore
@@ -114,7 +117,7 @@ class Shop:
                 self.store.get(part.name), codec=part.codec, written=part.written, name=part.name
             )
 
-        return Restore("20261122_020000", parts, read, options)
+        return Restore("20261122_020000", parts, read, options, cast("Any", self.store))
 
     def put_back(self, parts: list[Part], **options: Any) -> None:
         component, restore = self.component(), self.restore(parts, **options)
@@ -144,6 +147,15 @@ def shop(serve_postgres: ServePostgres, request: pytest.FixtureRequest, tmp_path
     shop.fill()
     yield shop
     shop.clean()
+
+
+@pytest.fixture
+def open_folder() -> Iterator[Path]:
+    """A folder that the user of a recovering server may enter, unlike this process's own."""
+    folder = Path(tempfile.mkdtemp(prefix="ai-micro-backup-test-"))
+    folder.chmod(0o755)
+    yield folder
+    shutil.rmtree(folder)
 
 
 # -- one database ------------------------------------------------------------------------------------------------
@@ -362,28 +374,46 @@ def test_a_script_that_fails_or_is_of_a_later_server_touches_nothing(shop: Shop)
 # -- what must not be restored -----------------------------------------------------------------------------------
 
 
-def test_a_wrong_server_beside_the_right_one_is_refused(shop: Shop, tmp_path: Path) -> None:
-    parts = shop.backup()
-    with postgres_server(18, tmp_path / "other") as server:
-        other = Shop(server, tmp_path)
-        component = other.component()
-        other.put_back(parts)  # an empty cluster: a new machine after a disaster
+@majors
+def test_a_wrong_server_beside_the_right_one_is_refused(shop: Shop, open_folder: Path) -> None:
+    parts, base = shop.backup(), back_up(shop.component(), shop.store)
+    with postgres_server(shop.server.major, open_folder) as server:
+        other = Shop(server, shop.store.root)
+        component = other.component(**server.control())
+
+        # An empty cluster: a new machine after a disaster.
+        empty, recovery = other.system, shop.restore([base])
+        component.stage(recovery)
+        component.swap(recovery)
+        assert (other.system, other.dump("api")) == (shop.system, shop.dump("api"))
+        component.revert(recovery)
+        assert other.system == empty
+        other.put_back(parts, databases=["api"])
         assert other.dump("api") == shop.dump("api")
+
         other.server.execute("INSERT INTO t VALUES (2)", "api")
         before = other.dump("api")
         for refused in (
             lambda: component.overwrites(parts),
             lambda: component.stage(other.restore(parts)),
             lambda: component.stage(other.restore(parts, databases=["auth"])),
+            lambda: component.overwrites([base]),
+            lambda: component.stage(shop.restore([base])),
         ):
-            with pytest.raises(Permanent) as caught:
+            with pytest.raises(Permanent, match="it is in use: database") as caught:
                 refused()
             assert f"identifier is {other.system}, the backup's {shop.system}" in str(caught.value)
             assert "--onto-new-cluster" in str(caught.value)
+        server.stop()
+        with pytest.raises(
+            Permanent, match=f"another cluster .*{empty}.*does not answer.*--onto-new-cluster"
+        ):
+            component.stage(shop.restore([base]))
+        server.start()
         assert other.dump("api") == before
         assert other.left_behind() == []
         other.put_back(parts, databases=["api"], into="look")
-        other.put_back(parts, new_cluster=True)
+        other.put_back(parts, databases=["api"], new_cluster=True)
         assert other.dump("api") == shop.dump("api")
 
 
