@@ -100,9 +100,9 @@ def test_removed_segment_is_named_and_a_new_base_backup_follows(system: System, 
 
     lost = write(servers)
     for name, server in servers.items():
-        segment = server.archive / lost[name]
-        assert wait_until(segment.exists, timeout=60)
-        segment.unlink()
+        archived = server.archive / lost[name]
+        assert wait_until(archived.exists, timeout=60)
+        archived.unlink()
     write(servers)
     found = collect(system, status=1)
     assert found["state"] == "failed"
