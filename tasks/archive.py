@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import tarfile
 from collections.abc import Iterable, Iterator, Sequence
@@ -13,7 +12,7 @@ from typing import Any
 
 from celery import Task
 
-from tasks import handbook
+from tasks import handbook, sealed
 from tasks.step import perform
 from tasks.tar_members import tar_members
 from workers import catalog, streams
@@ -35,8 +34,6 @@ READABLE_VERSIONS = (1, 2)
 """Of version 1 are archives without encryption."""
 SUFFIX = ".tar.gz"
 SIDECAR_SUFFIX = ".metadata.json"
-SEAL = "record_sha256"
-"""Key of a record's digest of all else in it."""
 FOLDERS = ("full_system/", "components/")
 LATEST = "latest"
 """Means the newest full archive of a store."""
@@ -183,28 +180,16 @@ def read_sidecar(store: Store, key: str) -> Archive:
 
 def parse_sidecar(text: bytes, key: str) -> Archive:
     """Return the record that lies under ``key``. Raises ``IntegrityError`` when it is not what was written."""
+    document = sealed.unseal(text, key, unsealed=True)  # the first version sealed nothing
     try:
-        document = json.loads(text)
-        sealed = document.pop(SEAL, None)
-        if sealed not in (None, _seal(document)):  # the first version sealed nothing
-            raise IntegrityError(f"the record {key} is damaged: its digest differs")
         return Archive.model_validate_json(json.dumps(document))
-    except (ValueError, AttributeError) as error:
+    except ValueError as error:
         raise IntegrityError(f"the record {key} is damaged") from error
 
 
 def write_sidecar(store: Store, archive: Archive) -> None:
     """Write the record of an archive beside it. Raises ``ObjectExists`` when it has one."""
-    store.put(sidecar_key(archive.key), [_sealed(archive)])
-
-
-def _sealed(archive: Archive) -> bytes:
-    document = archive.model_dump(mode="json")
-    return json.dumps(document | {SEAL: _seal(document)}, indent=2).encode()
-
-
-def _seal(document: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(document, sort_keys=True).encode()).hexdigest()
+    store.put(sidecar_key(archive.key), [sealed.seal(archive.model_dump(mode="json"))])
 
 
 def resolve(store: Store, name: str) -> str:

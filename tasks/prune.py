@@ -1,6 +1,6 @@
 """Deletes archives: those that retention does not keep, or one by hand.
 
-The record goes first, then the archive, then the catalogue's row. Whatever ends in between, nothing looks like a backup
+The record goes first, then the archive, then its proofs, then the catalogue's rows. Whatever ends in between, nothing looks like a backup
 that is none: an archive without its record is still whole, and the row that is left makes the next run go on.
 """
 
@@ -16,6 +16,7 @@ from celery import Task
 from tasks import archive
 from tasks.components import postgres_wal
 from tasks.components.postgres_wal import BaseBackup
+from tasks.proofs import drop_proofs, list_orphans
 from tasks.rebuild import scan
 from tasks.retention import Backup, Plan, decide
 from tasks.runs import WORKFLOWS, OnePhase, Work, begin
@@ -153,6 +154,9 @@ def prune_archives(table: str, lease: Lease) -> dict[str, Any]:
     segments = 0
     if not notes and not failed and found.plan.kept:
         segments = prune_wal(store, table, found, lease)
+        lease.check()
+        for proof in list_orphans(store):
+            store.delete(proof)
     record = {"dropped": dropped, "kept": len(found.plan.kept), "wal_files": segments, "notes": notes}
     if failed:
         raise Permanent(f"not deleted: {'; '.join(failed)}")
@@ -187,9 +191,11 @@ def _drop_collections(store: Store, wal: postgres_wal.Wal, gone: set[str]) -> No
 
 
 def remove(store: Store, table: str, key: str) -> None:
-    """Delete an archive: its record, itself, its row. May be called again after any of them."""
+    """Delete an archive: its record, itself, its proofs, its rows. May be called again after any of them."""
     store.delete(archive.sidecar_key(key))
     store.delete(key)
+    drop_proofs(store, key)
+    catalog.drop_verifications(key, table)
     if table == "store":
         catalog.drop_artifact(key)
     else:

@@ -9,7 +9,7 @@ from typing import Any
 
 from celery import Task
 
-from tasks import archive
+from tasks import archive, proofs
 from tasks.archive import Archive
 from tasks.runs import WORKFLOWS, OnePhase, Work, begin
 from tasks.step import perform
@@ -23,7 +23,8 @@ from workers.settings import get_settings
 from workers.storage import Store, StoredObject, open_store
 from workers.streams import Digest
 
-NOT_ARCHIVES = ("parts/", "wal/")
+NOT_ARCHIVES = ("parts/", "wal/", proofs.FOLDER)
+"""Prefixes of the keys of what is no archive."""
 
 
 @dataclass(frozen=True)
@@ -38,10 +39,9 @@ class Found:
 
 @app.task(name="tasks.rebuild.rebuild")
 def rebuild(*, drop_gone: bool = False) -> str:
-    """Start making the catalogue's rows of archives and copies anew, and return the run's id.
+    """Start making the catalogue's rows of archives, of copies and of what was proven of them anew, and return the run's id.
 
-    Rows whose archive is gone are reported, and removed with ``drop_gone``. The ledger of verifications is in no store
-    and cannot be made anew.
+    Rows whose archive is gone are reported, and removed with ``drop_gone``.
     """
     run = catalog.open_run(Kind.REBUILD, job="manual", components=[], options={"drop_gone": drop_gone})
     if run is None:
@@ -57,7 +57,9 @@ def rebuild_catalog(self: Task[Any, Any], run_id: str, table: str) -> dict[str, 
     def work(_lease: Lease) -> dict[str, Any]:
         drop_gone = bool(catalog.get_run(run_id).options["drop_gone"])
         store = open_store(get_settings().store_of(table))
-        return (take_in if table == "store" else take_in_copies)(store, drop_gone=drop_gone)
+        outcome = (take_in if table == "store" else take_in_copies)(store, drop_gone=drop_gone)
+        added, notes = take_in_proofs(store, table)
+        return outcome | {"proofs": added, "notes": [*outcome["notes"], *notes]}
 
     return perform(self, f"rebuild-{table}", work)
 
@@ -73,7 +75,7 @@ def take_in(store: Store, *, drop_gone: bool) -> dict[str, Any]:
             catalog.add_artifact(artifact)
         return differs
 
-    return _compare(store, known.keys(), add, catalog.drop_artifact if drop_gone else None)
+    return _compare(store, known.keys(), add, _forget if drop_gone else None)
 
 
 def take_in_copies(store: Store, *, drop_gone: bool) -> dict[str, Any]:
@@ -87,7 +89,36 @@ def take_in_copies(store: Store, *, drop_gone: bool) -> dict[str, Any]:
             catalog.add_copy(Copy(key=found.key, copied=copied, size=found.size, sha256=found.sha256))
         return differs
 
-    return _compare(store, known.keys(), add, catalog.drop_copy if drop_gone else None)
+    return _compare(store, known.keys(), add, _forget_copy if drop_gone else None)
+
+
+def _forget(key: str) -> None:
+    catalog.drop_artifact(key)
+    catalog.drop_verifications(key, "store")
+
+
+def _forget_copy(key: str) -> None:
+    catalog.drop_copy(key)
+    catalog.drop_verifications(key, "offsite")
+
+
+def take_in_proofs(store: Store, table: str) -> tuple[int, list[str]]:
+    """Write to the ledger what a store holds of it; return how many lines were added, and what is not sound."""
+    known = {(line.run_id, line.level) for line in catalog.list_verifications()}
+    orphans = proofs.list_orphans(store)
+    added, notes = 0, [f"{key} is of an archive that is not there; prune removes it" for key in orphans]
+    for key in proofs.list_proofs(store):
+        if key in orphans:
+            continue
+        try:
+            line = proofs.read_proof(store, key, table=table)
+        except (IntegrityError, ObjectNotFound) as error:
+            notes.append(str(error))
+            continue
+        if (line.run_id, line.level) not in known:
+            catalog.add_verification(line)
+            added += 1
+    return added, notes
 
 
 def _compare(

@@ -25,7 +25,7 @@ from workers import catalog
 from workers.app import app
 from workers.catalog import Kind, Run, Step
 from workers.component import Part, Restore, check_options
-from workers.errors import NotConfirmed, Permanent, RuntimeUnavailable
+from workers.errors import BackupError, NotConfirmed, Permanent, RuntimeUnavailable
 from workers.hosts import CONTROL, queue_of
 from workers.locks import Lease
 from workers.progress import Progress
@@ -317,7 +317,7 @@ class RestoreWorkflow:
         else:
             path = forward
         if phase == "settle" and not failed and not run.cause:
-            note_restored(run)
+            _note_proof(run)
         position = path.index(phase) + 1
         if phase == "abort-revert" and _stopped_nothing(run):
             return None
@@ -344,6 +344,17 @@ def _note(run: Run, phase: str, steps: Sequence[Step]) -> bool:
         if phase.startswith("abort-"):
             catalog.note(run.id, outcome={"not_reverted": failed})
     return bool(failed)
+
+
+def _note_proof(run: Run) -> None:
+    """Write what a restore proved to the ledger; the data is in place whether that can be written or not."""
+    try:
+        note_restored(run)
+    except BackupError as error:
+        warning = f"that it was restored could not be written beside the archive: {error}"
+        warnings = catalog.get_run(run.id).outcome.get("warnings", [])
+        if warning not in warnings:
+            catalog.note(run.id, outcome={"warnings": [*warnings, warning]})
 
 
 def _stopped_nothing(run: Run) -> bool:

@@ -14,15 +14,15 @@ from typing import Any
 
 from celery import Task
 
-from tasks import archive
+from tasks import archive, proofs
 from tasks.runs import WORKFLOWS, Work, begin
 from tasks.step import perform
 from tasks.watchdog import end_run
 from workers import catalog
 from workers.app import app
-from workers.catalog import LEVELS, Kind, Run, State, Step, Verification
-from workers.component import Part, Restore
-from workers.errors import ComparisonError, IntegrityError, ObjectNotFound, Permanent
+from workers.catalog import LEVELS, Kind, Run, State, Step
+from workers.component import Part, Restore, check_options
+from workers.errors import BackupError, ComparisonError, IntegrityError, ObjectNotFound, Permanent
 from workers.hosts import CONTROL, queue_of
 from workers.locks import Lease
 from workers.progress import Progress
@@ -216,9 +216,13 @@ class VerifyWorkflow:
         results = {step.name: step.result or {} for step in steps}
         bad = [f"{name}: {result['bad']}" for name, result in results.items() if "bad" in result]
         details: dict[str, Any] = {name: result.get("found") for name, result in results.items()}
-        _write_ledger(run, level=phase, ok=not bad, details={"wrong": bad} if bad else details)
-        if bad:
-            catalog.note(run.id, cause=f"{phase}: {'; '.join(bad)}")
+        causes = [f"{phase}: {'; '.join(bad)}"] if bad else []
+        try:
+            proofs.enter(run, level=phase, ok=not bad, details={"wrong": bad} if bad else details)
+        except BackupError as error:
+            causes.append(f"what {phase} showed could not be written beside the archive: {error}")
+        if causes:
+            catalog.note(run.id, cause="; ".join(causes))
             return None
         catalog.note(run.id, outcome={phase: details})
         asked = LEVELS.index(run.options["level"])
@@ -242,28 +246,23 @@ def make_way_for(restore: Run) -> None:
 
 
 def note_restored(run: Run) -> None:
-    """Write a completed restore to the ledger; of some components only, it proves nothing of the archive's others."""
-    held = {part.component for part in _metadata(run).parts}
-    if held <= set(run.components) and not run.options:
-        _write_ledger(run, level="restore", ok=True, details={"restored": run.components})
+    """Write a completed restore to the ledger; of some of the archive only, it is ``partial``, and no proof of the whole.
 
-
-def _metadata(run: Run) -> archive.Metadata:
-    return archive.read_metadata(open_store(get_settings().store_of(run.store)), str(run.archive))
-
-
-def _write_ledger(run: Run, *, level: str, ok: bool, details: dict[str, Any]) -> None:
-    catalog.add_verification(
-        Verification(
-            key=str(run.archive),
-            store=run.store,
-            level=level,
-            ok=ok,
-            taken=catalog.now(),
-            run_id=run.id,
-            details=details,
-        )
+    Raises what the store raises.
+    """
+    settings = get_settings()
+    store = open_store(settings.store_of(run.store))
+    held = {part.component for part in archive.read_metadata(store, str(run.archive)).parts}
+    whole = held <= set(run.components) and all(
+        check_options(settings.components[name].restore_options, run.options, name).everything
+        for name in run.components
     )
+    details: dict[str, Any] = {"restored": run.components}
+    if run.options:
+        details["options"] = run.options
+    if not whole:
+        details[catalog.PARTIAL] = True
+    proofs.enter(run, level="restore", ok=True, details=details)
 
 
 WORKFLOWS[Kind.VERIFY] = VerifyWorkflow()

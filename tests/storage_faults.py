@@ -71,6 +71,7 @@ module.Component = Component  # type: ignore[attr-defined]
 sys.modules[module.__name__] = module
 
 from tasks import archive, backup, offsite, restore, runs  # noqa: E402 - after the component that the settings name
+from tasks.rebuild import NOT_ARCHIVES  # noqa: E402
 from workers import catalog  # noqa: E402
 from workers.app import app  # noqa: E402
 from workers.catalog import Run, State, Step  # noqa: E402
@@ -240,7 +241,7 @@ class World:
             if b"".join(self.stores["offsite"].get(item.key)) != WAL[item.key]:
                 yield f"the offsite {item.key} is another than the main store's"
         for name, store in self.stores.items():
-            keys = [item.key for item in store.list("") if not item.key.startswith(("parts/", "wal/"))]
+            keys = [item.key for item in store.list("") if not item.key.startswith(NOT_ARCHIVES)]
             for key in keys:
                 try:
                     if key.endswith(archive.SIDECAR_SUFFIX):

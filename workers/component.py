@@ -39,6 +39,11 @@ class Options(Strict):
         """Whether a restore with these options replaces what is live; one that does not needs no confirmation."""
         return True
 
+    @property
+    def everything(self) -> bool:
+        """Whether a restore with these options brings back all that was backed up, wherever to."""
+        return True
+
 
 class Part(Strict):
     """One stored stream of a component, as `metadata.json` records it. Sizes are bytes, times UTC."""

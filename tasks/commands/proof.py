@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from datetime import datetime
 from pathlib import PurePosixPath
 from typing import Any
@@ -10,7 +11,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from workers import catalog
-from workers.catalog import Artifact, Proof
+from workers.catalog import Artifact, Proof, Verification
 from workers.settings import Settings
 
 DAY = 86400.0
@@ -27,6 +28,20 @@ def proof_document(proof: Proof | None, moment: datetime) -> dict[str, Any] | No
         "damaged": proof.damaged,
         "wrong": list(proof.wrong),
     }
+
+
+def restored_in_part(lines: Iterable[Verification]) -> list[dict[str, Any]]:
+    """Return the restores of some of an archive, which are no proof of the whole, the oldest first."""
+    return [
+        {
+            "taken": line.taken.isoformat(),
+            "store": line.store,
+            "components": line.details["restored"],
+            "options": line.details.get("options", {}),
+        }
+        for line in lines
+        if line.details.get(catalog.PARTIAL)
+    ]
 
 
 def _of_archive(key: str, store: str, proof: Proof, moment: datetime) -> dict[str, Any]:

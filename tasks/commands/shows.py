@@ -12,7 +12,7 @@ from rich.table import Table
 
 from tasks.commands import common
 from tasks.commands.common import Exit, From, Json, translated
-from tasks.commands.proof import DAY, proof_document, proven, show_proven, unencrypted
+from tasks.commands.proof import DAY, proof_document, proven, restored_in_part, show_proven, unencrypted
 from tasks.commands.wal import recoverable, show_recoverable
 from workers import catalog
 from workers.catalog import Artifact
@@ -85,8 +85,10 @@ def show(
             store = open_store(get_settings().store)
             key = archives.resolve(store, name)
             document = archives.read_metadata(store, key).model_dump(mode="json")
-            standing = catalog.proofs(catalog.list_verifications(key)).get(("store", key))
+            lines = catalog.list_verifications(key)
+            standing = catalog.proofs(lines).get(("store", key))
             document["proof"] = proof_document(standing, catalog.now())
+            document["restored_in_part"] = restored_in_part(lines)
     if as_json:
         print(json.dumps(document))
     elif "parts" in document:
@@ -140,6 +142,9 @@ def _show_archive(document: dict[str, Any]) -> None:
         out.print(f"[red]damaged:[/red] {escape('; '.join(proof['wrong']))}")
     else:
         out.print(f"proven by {proof['level']}, {proof['age_seconds'] / DAY:.1f} d ago")
+    for partial in document["restored_in_part"]:
+        what = ", ".join([*partial["components"], *(f"{k} {v}" for k, v in partial["options"].items())])
+        out.print(f"restored in part at {partial['taken']}: {escape(what)}", highlight=False)
     table = Table("part", "host", "stored", "plain", "holds", box=None)
     for part in document["parts"]:
         holds = ", ".join(

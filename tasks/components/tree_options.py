@@ -41,3 +41,7 @@ class TreeRestoreOptions(Options):
     @property
     def overwrites(self) -> bool:
         return self.into is None
+
+    @property
+    def everything(self) -> bool:
+        return self.path is None

@@ -22,7 +22,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pyrage import x25519
 
-from tasks import archive
+from tasks import archive, sealed
 from tests.metadata_schema import metadata_schema
 from workers import streams
 from workers.catalog import Kind, Run, Step
@@ -662,7 +662,9 @@ def test_a_record_that_describes_another_archive_is_noticed(written: World) -> N
     sidecar = archive.sidecar_key(FULL)
     record = archive.read_sidecar(written.store, FULL)
     other = record.metadata.model_copy(update={"system_version": "9"})
-    written.replace(archive._sealed(record.model_copy(update={"metadata": other})), sidecar)
+    written.replace(
+        sealed.seal(record.model_copy(update={"metadata": other}).model_dump(mode="json")), sidecar
+    )
 
     with pytest.raises(IntegrityError, match="does not describe what the archive holds"):
         archive.verify(written.store, FULL)

@@ -16,11 +16,11 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from tasks import archive
+from tasks import archive, proofs
 from tasks.archive import artifact_of
 from tasks.backup import store_component
 from tasks.prune import backup_of, prune_archives, remove, survey
-from tasks.rebuild import scan, take_in
+from tasks.rebuild import scan, take_in, take_in_proofs
 from tests.configured import configured
 from workers import catalog
 from workers.catalog import Artifact, Kind, State, Step, Verification, database
@@ -178,11 +178,13 @@ class Sequences(RuleBasedStateMachine):
         except BackupError:
             ok = False
         assert ok == (key not in self.damaged)
+        self.clock += timedelta(seconds=1)
+        run_id = f"{self.clock:{catalog.RUN_ID_FORMAT}}"
         entry = Verification(
-            key=key, store="store", level=level, ok=ok, taken=self.clock, run_id="r", details={}
+            key=key, store="store", level=level, ok=ok, taken=self.clock, run_id=run_id, details={}
         )
-        with catalog.session() as opened:
-            opened.add(entry)
+        proofs.write_proof(self.store, entry)
+        catalog.add_verification(entry)
 
     @rule()
     def prune(self) -> None:
@@ -256,12 +258,14 @@ class Sequences(RuleBasedStateMachine):
 
     @rule(lose=st.booleans())
     def rebuild(self, lose: bool) -> None:
-        before = rows()
+        before, ledger = rows(), lines()
         if lose:
             for key in before:
                 catalog.drop_artifact(key)
+                catalog.drop_verifications(key, "store")
         done = take_in(self.store, drop_gone=False)
-        assert rows() == before
+        assert take_in_proofs(self.store, "store") == (len(ledger) if lose else 0, [])
+        assert (rows(), lines()) == (before, ledger)
         assert sorted(done["added"]) == (sorted(before) if lose else [])
         assert (done["changed"], done["gone"]) == ([], [])
 
@@ -297,10 +301,18 @@ class Sequences(RuleBasedStateMachine):
     @invariant()
     def nothing_looks_like_a_backup_that_is_none(self, deleting: str | None = None) -> None:
         for item in self.store.list(""):
+            if item.key.startswith(proofs.FOLDER):
+                continue
             assert archive.is_archive(item.key) or item.key.endswith(archive.SIDECAR_SUFFIX), item
         found = {found.key for found in scan(self.store) if found.archive}
         assert found - {deleting} == self.backed_up.keys() - {deleting}
         assert not [found for found in scan(self.store) if not found.archive and found.key != deleting]
+
+    @invariant()
+    def the_ledger_is_that_of_the_store(self) -> None:
+        there = {proofs.proof_key(line) for line in catalog.list_verifications()}
+        assert set(proofs.list_proofs(self.store)) == there
+        assert not proofs.list_orphans(self.store)
 
     @invariant()
     def no_run_is_left(self) -> None:
@@ -309,6 +321,10 @@ class Sequences(RuleBasedStateMachine):
 
 def rows() -> dict[str, dict[str, Any]]:
     return {row.key: row.model_dump() for row in catalog.list_artifacts()}
+
+
+def lines() -> list[dict[str, Any]]:
+    return [line.model_dump(exclude={"id"}) for line in catalog.list_verifications()]
 
 
 def newest_proven(artifacts: Any) -> Iterator[Artifact]:

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any, cast
 
 import pytest
 
-from tasks import archive, verify
-from tasks.commands.proof import proven
+from tasks import archive, proofs, rebuild, sealed, verify
+from tasks.commands.proof import proven, restored_in_part
+from tasks.prune import remove
 from tasks.verify import VerifyWorkflow, compare_object
 from tests.configured import configured, write_settings
 from workers import catalog
 from workers.catalog import Kind, Proof, Run, Step, Verification
-from workers.errors import ComparisonError, IntegrityError, ObjectNotFound, Permanent
+from workers.errors import ComparisonError, IntegrityError, ObjectNotFound, Permanent, StoreUnavailable
 from workers.progress import Item, Progress
 from workers.storage.local import LocalStore
 
@@ -214,16 +215,144 @@ def test_how_an_archive_stands_follows_from_all_that_was_said_of_it() -> None:
     assert catalog.proofs([line(1, "restore", store="offsite")]).keys() == {("offsite", KEY)}
 
 
-def test_a_restore_of_all_is_proof_and_of_some_is_none(store: LocalStore, ledger: None) -> None:
+def restored(components: list[str], **options: Any) -> None:
+    run = catalog.open_run(
+        Kind.RESTORE, job="manual", components=components, archive=KEY, options=options or None
+    )
+    assert run is not None
+    verify.note_restored(run)
+    catalog.finish_run(run.id)
+
+
+def test_a_restore_of_some_is_written_as_partial_and_only_one_of_all_is_proof(
+    store: LocalStore, tmp_path: Path
+) -> None:
     held = list(dict.fromkeys(part.component for part in archive.read_metadata(store, KEY).parts))
-    runs = []
-    for components in (held[:2], held):
-        run = catalog.open_run(Kind.RESTORE, job="manual", components=components, archive=KEY)
-        assert run is not None
-        verify.note_restored(run)
-        catalog.finish_run(run.id)
-        runs.append(run.id)
-    assert [(line.level, line.run_id) for line in catalog.list_verifications()] == [("restore", runs[1])]
+    with configured(every_component(tmp_path, held)):
+        restored(held[:2])
+        lines = catalog.list_verifications()
+        assert [(line.level, line.ok) for line in lines] == [("restore", True)]
+        assert restored_in_part(lines)[0]["components"] == held[:2]
+        assert catalog.proofs(lines) == {}
+        restored(held, path="some/file")
+        assert catalog.proofs(catalog.list_verifications()) == {}
+        restored(held, into="/elsewhere")
+        lines = catalog.list_verifications()
+        assert [len(restored_in_part(lines)), len(lines)] == [2, 3]
+        assert catalog.proofs(lines)["store", KEY].level == "restore"
+        assert dump(lines) == dump(stored(store)), "the store holds the same"
+
+
+def every_component(tmp_path: Path, names: list[str]) -> Path:
+    """Settings that know each of ``names`` as a tree, and the catalogue."""
+    tables = "".join(
+        f'[components.{name}]\nkind = "files"\nhost = "app1"\npath = "/app/{name}"\n' for name in names
+    )
+    catalog_url = f'[catalog]\nurl = "sqlite:///{tmp_path / "catalog.sqlite"}"\n'
+    path = tmp_path / "backup.toml"
+    path.write_text(
+        f'hosts = ["app1"]\n[system]\nname = "shop"\n[store]\npath = "{tmp_path}/store"\n{catalog_url}{tables}'
+    )
+    return path
+
+
+def stored(store: LocalStore) -> list[Verification]:
+    """What the store holds of the ledger, the oldest first."""
+    lines = [proofs.read_proof(store, key) for key in proofs.list_proofs(store)]
+    return sorted(lines, key=lambda line: line.taken)
+
+
+def dump(lines: Sequence[Verification]) -> list[dict[str, Any]]:
+    return [line.model_dump(exclude={"id"}) for line in lines]
+
+
+def proven_to(level: str, store: LocalStore) -> Run:
+    """Do the levels of a verification up to one, all of them good."""
+    run, workflow = opened(level), VerifyWorkflow()
+    phase: str | None = workflow.first
+    while phase is not None:
+        steps = [
+            step(run, phase, work.name, result={"found": {"n": 1}}) for work in workflow.work(run, phase)
+        ]
+        phase = workflow.following(run, phase, steps)
+    catalog.finish_run(run.id)
+    return catalog.get_run(run.id)
+
+
+def test_a_lost_ledger_is_made_anew_from_the_store_line_by_line(store: LocalStore, ledger: None) -> None:
+    rebuild.take_in(store, drop_gone=False)
+    proven_to("structure", store)
+    bad = opened("exists")
+    VerifyWorkflow().following(bad, "exists", [step(bad, "exists", "archive", result={"bad": "short"})])
+    catalog.finish_run(bad.id)
+    before = catalog.list_verifications()
+    assert [(line.level, line.ok) for line in before] == [
+        ("exists", True), ("checksum", True), ("structure", True), ("exists", False),
+    ]  # fmt: skip
+    catalog.drop_artifact(KEY)
+    catalog.drop_verifications(KEY, "store")
+
+    assert rebuild.take_in(store, drop_gone=False)["added"] == [KEY]
+    assert rebuild.take_in_proofs(store, "store") == (4, [])
+    assert dump(catalog.list_verifications()) == dump(before)
+    assert rebuild.take_in_proofs(store, "store") == (0, []), "a second rebuild changes nothing"
+    assert (proven()["damaged"], [found.key for found in rebuild.scan(store)]) != ([], []), (
+        "and it is damaged"
+    )
+    assert [found.key for found in rebuild.scan(store)] == [KEY], "no proof is taken for an archive"
+
+
+def test_a_damaged_proof_is_named_and_not_believed(store: LocalStore, ledger: None) -> None:
+    proven_to("checksum", store)
+    deep, shallow = sorted(proofs.list_proofs(store))
+    text = b"".join(store.get(deep))
+    for damage in (text.replace(b"true", b"false"), text[:-9], b"[]", sealed.seal({"key": KEY})):
+        store.delete(deep)
+        store.put(deep, [damage])
+        catalog.drop_verifications(KEY, "store")
+        added, notes = rebuild.take_in_proofs(store, "store")
+        assert (added, len(notes)) == (1, 1), damage
+        assert deep in notes[0]
+    store.delete(shallow)
+    store.put(shallow, [text])
+    assert "is the proof of something else" in rebuild.take_in_proofs(store, "store")[1][1]
+
+
+def test_proofs_go_with_their_archive_and_never_another_ones(store: LocalStore, ledger: None) -> None:
+    run = proven_to("exists", store)
+    other = Verification(
+        key=KEY.replace(".tar.gz", "/other.tar.gz"), store="store", level="exists", ok=True, taken=STARTED,
+        run_id=run.id, details={},
+    )  # fmt: skip
+    store.put(other.key, [b"another archive"])
+    proofs.write_proof(store, other)
+    assert proofs.list_orphans(store) == []
+
+    remove(store, "store", KEY)
+
+    assert list(proofs.list_proofs(store)) == [proofs.proof_key(other)]
+    assert catalog.list_verifications() == []
+    store.delete(other.key)  # by somebody's hand
+    assert proofs.list_orphans(store) == [proofs.proof_key(other)]
+    assert rebuild.take_in_proofs(store, "store")[0] == 0
+    assert catalog.list_verifications() == []
+
+
+@pytest.mark.parametrize("bad", [False, True])
+def test_a_proof_that_cannot_be_written_is_loud(
+    store: LocalStore, ledger: None, monkeypatch: pytest.MonkeyPatch, bad: bool
+) -> None:
+    def full(*_: object) -> None:
+        raise StoreUnavailable("no space left")
+
+    monkeypatch.setattr(LocalStore, "put", full)
+    run = opened("structure")
+    result = {"bad": "it is short"} if bad else {"found": "it"}
+    assert VerifyWorkflow().following(run, "exists", [step(run, "exists", "archive", result=result)]) is None
+    cause = str(catalog.get_run(run.id).cause)
+    assert "could not be written beside the archive: no space left" in cause
+    assert ("it is short" in cause) == bad
+    assert [line.ok for line in catalog.list_verifications()] == ([False] if bad else []), "bad news stays"
 
 
 @pytest.fixture

@@ -3,7 +3,15 @@
 from workers.catalog.artifacts import add_artifact, drop_artifact, list_artifacts
 from workers.catalog.copies import add_copy, drop_copy, list_copies
 from workers.catalog.database import session
-from workers.catalog.ledger import LEVELS, Proof, add_verification, list_verifications, proofs
+from workers.catalog.ledger import (
+    LEVELS,
+    PARTIAL,
+    Proof,
+    add_verification,
+    drop_verifications,
+    list_verifications,
+    proofs,
+)
 from workers.catalog.models import (
     RUN_ID_FORMAT,
     Artifact,
@@ -32,6 +40,7 @@ from workers.catalog.runs import (
 __all__ = [
     "BESIDE_NO_RESTORE",
     "LEVELS",
+    "PARTIAL",
     "RUN_ID_FORMAT",
     "Artifact",
     "Copy",
@@ -47,6 +56,7 @@ __all__ = [
     "add_verification",
     "drop_artifact",
     "drop_copy",
+    "drop_verifications",
     "enter_phase",
     "find_scheduled",
     "finish_run",

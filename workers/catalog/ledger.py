@@ -6,13 +6,15 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 
-from sqlmodel import col, select
+from sqlmodel import col, delete, select
 
 from workers.catalog.database import session
 from workers.catalog.models import Verification
 
 LEVELS = ("exists", "checksum", "structure", "restore")
 """The levels of verification, each deeper than the one before it."""
+PARTIAL = "partial"
+"""Key in the details of what was proven of some of an archive only, which says nothing of the whole."""
 
 
 @dataclass(frozen=True)
@@ -42,10 +44,20 @@ def list_verifications(key: str | None = None) -> Sequence[Verification]:
         return catalog.exec(query.where(Verification.key == key) if key else query).all()
 
 
+def drop_verifications(key: str, store: str) -> None:
+    """Forget what was proven of an archive that is gone from a store (a table of the settings)."""
+    with session() as catalog:
+        catalog.exec(
+            delete(Verification).where(col(Verification.key) == key, col(Verification.store) == store)
+        )
+
+
 def proofs(lines: Iterable[Verification]) -> dict[tuple[str, str], Proof]:
     """Return how each archive stands, by its store (a table of the settings) and key, of ``lines`` the oldest first."""
     found: dict[tuple[str, str], Proof] = {}
     for line in lines:
+        if line.details.get(PARTIAL):
+            continue
         before = found.get((line.store, line.key))
         if not line.ok:
             wrong = tuple(line.details.get("wrong", ()))
