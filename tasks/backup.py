@@ -188,6 +188,9 @@ class BackupWorkflow:
         if failed := [f"{step.name}: {step.error}" for step in steps if step.error]:
             catalog.note(run.id, cause="; ".join(failed))
         elif phase == "backup":
+            parts = [Part.model_validate(part) for step in steps for part in (step.result or {})["parts"]]
+            if remarks := [f"{part.component}: {line}" for part in parts for line in part.remarks]:
+                catalog.note(run.id, outcome={"warnings": remarks})
             return "archive"
         elif steps and steps[0].result:
             artifact = Artifact.model_validate(steps[0].result["artifact"])

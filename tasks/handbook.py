@@ -66,8 +66,7 @@ def backup_log(run: Run, steps: Sequence[Step], metadata: Metadata) -> str:
             )
         )
         lines.extend(
-            (part.finished, f"{part.component} on {part.host}: warning: {text}")
-            for text in part.holds.get("warnings", [])
+            (part.finished, f"{part.component} on {part.host}: warning: {text}") for text in part.remarks
         )
     lines.append((metadata.run.finished, "all components done; archive follows"))
     return "".join(f"{time:%Y-%m-%dT%H:%M:%SZ} {text}\n" for time, text in sorted(lines, key=itemgetter(0)))

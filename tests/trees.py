@@ -43,10 +43,23 @@ TIMES = st.integers(0, 4_000_000_000_999_999_999)
 OWNERS = st.sampled_from([0, 1000, 65534, 3_000_000_000]) if os.geteuid() == 0 else st.just(os.geteuid())
 FILE_MODES = st.sampled_from([0o600, 0o644, 0o755, 0o4755, 0o400] + ([0o000] if os.geteuid() == 0 else []))
 FOLDER_MODES = st.sampled_from([0o700, 0o755, 0o2755, 0o1777] + ([0o555] if os.geteuid() == 0 else []))
+ACL = bytes.fromhex(
+    "02000000 01000600ffffffff 02000600d2040000 04000400ffffffff 10000600ffffffff 20000000ffffffff"
+)
+"""user::rw- user:1234:rw- group::r-- mask::rw- other::---, as the kernel keeps it."""
+FILES = st.tuples(st.just("file"), st.binary(max_size=3000), FILE_MODES, TIMES, OWNERS)
 NODES: st.SearchStrategy[tuple[Any, ...]] = st.recursive(
-    st.tuples(st.just("file"), st.binary(max_size=3000), FILE_MODES, TIMES, OWNERS)
+    FILES
+    | st.tuples(st.just("sparse"), st.integers(0, 4_000_000), FILE_MODES, TIMES, OWNERS)
+    | st.tuples(
+        st.just("marked"),
+        FILES,
+        st.dictionaries(st.text("abc.", min_size=1, max_size=9), st.binary(max_size=99), max_size=2),
+        st.booleans(),
+    )
     | st.tuples(st.just("link"), NAMES | st.just(b"../../elsewhere") | st.just(b"/nowhere/at/all"))
-    | st.tuples(st.just("hard"), st.integers(0, 10)),
+    | st.tuples(st.just("hard"), st.integers(0, 10))
+    | st.tuples(st.just("special"), st.sampled_from([stat.S_IFSOCK, stat.S_IFIFO])),
     lambda children: st.tuples(
         st.just("folder"), st.dictionaries(NAMES, children, max_size=5), FOLDER_MODES, TIMES, OWNERS
     ),
@@ -55,7 +68,9 @@ NODES: st.SearchStrategy[tuple[Any, ...]] = st.recursive(
 TREES = st.tuples(st.just("folder"), st.dictionaries(NAMES, NODES, max_size=6), FOLDER_MODES, TIMES, OWNERS)
 
 
-def make(path: bytes, node: tuple[Any, ...], files: list[bytes] | None = None) -> None:
+def make(  # noqa: C901, PLR0912  one case a kind
+    path: bytes, node: tuple[Any, ...], files: list[bytes] | None = None
+) -> None:
     """Make a node of `TREES` at ``path``; a hard link is one to any file made before it, or none."""
     files = [] if files is None else files
     match node:
@@ -66,6 +81,24 @@ def make(path: bytes, node: tuple[Any, ...], files: list[bytes] | None = None) -
             if files:
                 os.link(files[number % len(files)], path)
             return
+        case ("special", kind):
+            os.mknod(path, kind | 0o600)
+            return
+        case ("marked", file, attributes, acl):
+            make(path, file, files)
+            if not os.access(path, os.W_OK):
+                return
+            for name, value in attributes.items():
+                os.setxattr(path, f"user.{name}", value)
+            if acl:
+                os.setxattr(path, "system.posix_acl_access", ACL)
+            return
+        case ("sparse", size, mode, mtime, owner):
+            with open(path, "wb") as sparse:
+                sparse.truncate(size)
+                sparse.seek(size // 2)
+                sparse.write(b"in the middle")
+            files.append(path)
         case ("folder", children, mode, mtime, owner):
             os.makedirs(path, exist_ok=True)
             for name, child in children.items():
@@ -82,8 +115,11 @@ def make(path: bytes, node: tuple[Any, ...], files: list[bytes] | None = None) -
     os.utime(path, ns=(mtime, mtime))
 
 
-def look(path: Path | str, *, owners: bool = True) -> dict[bytes, tuple[Any, ...]]:
-    """Return all there is to compare of the tree at ``path``, itself as ``.``, without our own folders."""
+def look(path: Path | str, *, owners: bool = True, attributes: bool = False) -> dict[bytes, tuple[Any, ...]]:
+    """Return all there is to compare of the tree at ``path``, itself as ``.``, without our own folders.
+
+    Sockets and FIFOs are no part of it; extended attributes and ACLs are with ``attributes``.
+    """
     root = os.fsencode(path)
     found, inodes = {}, dict[int, bytes]()
     names = [b"."]
@@ -94,6 +130,8 @@ def look(path: Path | str, *, owners: bool = True) -> dict[bytes, tuple[Any, ...
         place = os.path.join(root, name)
         status = os.lstat(place)
         kind = stat.S_IFMT(status.st_mode)
+        if kind in (stat.S_IFSOCK, stat.S_IFIFO):
+            continue
         first = inodes.setdefault(status.st_ino, name) if kind == stat.S_IFREG else name
         content = ""
         if kind == stat.S_IFREG:
@@ -111,8 +149,17 @@ def look(path: Path | str, *, owners: bool = True) -> dict[bytes, tuple[Any, ...
             size,
             content,
             first,
+            *(attributes_of(place) if attributes else ()),
         )
     return found
+
+
+def attributes_of(path: bytes) -> list[tuple[str, bytes]]:
+    """Return the extended attributes of a file or folder, ACLs among them, but for labels of the host's policy."""
+    names = sorted(os.listxattr(path, follow_symlinks=False))
+    return [
+        (name, os.getxattr(path, name, follow_symlinks=False)) for name in names if name != "security.selinux"
+    ]
 
 
 def backed_up(component: BaseComponent) -> tuple[Part, bytes]:

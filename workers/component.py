@@ -70,6 +70,12 @@ class Part(Strict):
     def written(self) -> Written:
         return Written(self.size, self.sha256, self.plain_size, self.plain_sha256)
 
+    @property
+    def remarks(self) -> list[str]:
+        """What people should know of it, a line each: warnings, and what was left out."""
+        left_out = [f"left out: {line}" for line in self.holds.get("skipped", [])]
+        return [*self.holds.get("warnings", []), *left_out]
+
 
 READERS = {"zstd": "zstd -dc", "gzip": "gzip -dc", "none": "cat"}
 """The public program that prints the plain bytes, by codec."""

@@ -112,22 +112,28 @@ def follow(run_id: str, *, wait: bool, as_json: bool) -> None:
     elif run.state is State.COMPLETE:
         what = f", archive {run.archive}" if run.archive else ""
         console.print(f"[green]complete:[/green] {run.kind} {run.id}{what}", highlight=False)
-        if reached := run.outcome.get("reached"):
-            console.print(
-                f"recovered {reached['target']}: position {reached['lsn']}, last commit {reached['last_commit'] or 'none'}, "
-                f"now on timeline {reached['timeline']}; {reached['stopped'] or 'end of the WAL'}",
-                highlight=False,
-            )
-        if start := run.outcome.get("start"):
-            console.print(f"start it {start}", highlight=False)
-        if ill := run.outcome.get("ill"):
-            console.print(f"[yellow]not asked for their health, being ill before:[/yellow] {', '.join(ill)}")
+        _show_outcome(run.outcome)
     elif run.state is State.RUNNING:
         console.print(f"started: {run.kind} {run.id}; see: ai-micro-backup show {run.id}", highlight=False)
     if run.state is State.FAILED:
         cause = escape(str(run.cause))
         console.print(f"[red]failed:[/red] {run.kind} {run.id}: {cause}", highlight=False, soft_wrap=True)
         raise typer.Exit(Exit.FAILED)
+
+
+def _show_outcome(outcome: dict[str, Any]) -> None:
+    if reached := outcome.get("reached"):
+        console.print(
+            f"recovered {reached['target']}: position {reached['lsn']}, last commit {reached['last_commit'] or 'none'}, "
+            f"now on timeline {reached['timeline']}; {reached['stopped'] or 'end of the WAL'}",
+            highlight=False,
+        )
+    if start := outcome.get("start"):
+        console.print(f"start it {start}", highlight=False)
+    for line in outcome.get("warnings", []):
+        console.print(f"warning: {line}", markup=False, highlight=False, soft_wrap=True)
+    if ill := outcome.get("ill"):
+        console.print(f"[yellow]not asked for their health, being ill before:[/yellow] {', '.join(ill)}")
 
 
 def run_document(run: Run) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from tasks.commands.proof import DAY, proof_document, proven, restored_in_part, 
 from tasks.commands.wal import recoverable, show_recoverable
 from workers import catalog
 from workers.catalog import Artifact
+from workers.component import Part
 from workers.errors import CatalogError
 
 
@@ -158,6 +159,9 @@ def _show_archive(document: dict[str, Any]) -> None:
             escape(holds),
         )
     out.print(table)
+    for part in map(Part.model_validate, document["parts"]):
+        for line in part.remarks:
+            out.print(f"{part.name}: {line}", markup=False, highlight=False, soft_wrap=True)
 
 
 def _show_status(document: dict[str, Any]) -> None:

@@ -10,6 +10,7 @@ from pydantic import Field
 
 from tasks.components.files import WARNINGS
 from tasks.components.foreign import describe_foreign
+from tasks.components.tree_inside import Inside, look_inside
 from tasks.components.tree_options import AbsolutePath, RelativePath, TreeRestoreOptions
 from tasks.components.trees import (
     OURS,
@@ -18,6 +19,7 @@ from tasks.components.trees import (
     check_part,
     content_sha256,
     describe,
+    not_in_backup,
     only,
     present,
     rehearse,
@@ -57,7 +59,7 @@ class Component(BaseComponent):
         """Return what `sources` would record as ``content_sha256`` now: it changes with names, modes and contents."""
         digest = TreeDigest(listing=True)
         if existing := self._existing():
-            for _ in digest.through(self._tar(existing, [])):
+            for _ in digest.through(self._tar(existing, self._inside(existing), [])):
                 pass
         return content_sha256(digest)
 
@@ -74,7 +76,8 @@ class Component(BaseComponent):
         names = part.holds.get("paths") or self.paths
         lines = [would_overwrite(self.runtime, [root / path for path in names], part, self.root)]
         now = present(self.runtime, root, part.holds.get("missing", []))
-        return lines + [f"{root / path}: removed, as it was not there at the backup" for path in now]
+        lines += [f"{root / path}: removed, as it was not there at the backup" for path in now]
+        return lines + not_in_backup(part)
 
     def by_hand(self, parts: Sequence[Part]) -> str:
         part = only(parts)
@@ -103,15 +106,20 @@ class Component(BaseComponent):
     def _existing(self) -> list[str]:
         return present(self.runtime, PurePosixPath(self.root), set(self.paths))
 
-    def _tar(self, existing: Sequence[str], warnings: list[str]) -> Iterator[bytes]:
+    def _inside(self, existing: Sequence[str]) -> Inside:
+        return look_inside(self.runtime, PurePosixPath(self.root), existing, self.exclude)
+
+    def _tar(self, existing: Sequence[str], inside: Inside, warnings: list[str]) -> Iterator[bytes]:
         exclude = [*self.exclude, OURS]
-        return self.runtime.read_tree(
+        tree = self.runtime.read_tree(
             PurePosixPath(self.root), members=existing, exclude=exclude, warnings=warnings
         )
+        return inside.without_special(tree)
 
     def _read(self, existing: Sequence[str], holds: dict[str, Any]) -> Iterator[bytes]:
-        digest, warnings = TreeDigest(listing=True), list[str]()
-        yield from digest.through(self._tar(existing, warnings))
+        digest, inside = TreeDigest(listing=True), self._inside(existing)
+        warnings = inside.warnings
+        yield from digest.through(self._tar(existing, inside, warnings))
         if not digest.entries:
             raise Permanent(f"{self.root}: the backup is empty; the excludes match all of it")
         links = [name for name, content in digest.contents.items() if content.startswith("-> ")]
@@ -120,7 +128,7 @@ class Component(BaseComponent):
             for name in links
             if name in existing
         ]
-        holds |= describe(digest, warnings[:WARNINGS])
+        holds |= describe(digest, warnings[:WARNINGS], inside.skipped)
         holds |= {
             "contents": digest.contents,
             "modes": digest.modes,

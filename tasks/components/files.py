@@ -9,8 +9,19 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import Field
 
 from tasks.components.foreign import describe_foreign, tree_for
+from tasks.components.tree_inside import look_inside
 from tasks.components.tree_options import AbsolutePath, TreeRestoreOptions
-from tasks.components.trees import OURS, Tree, by_hand, check_part, describe, only, rehearse, would_overwrite
+from tasks.components.trees import (
+    OURS,
+    Tree,
+    by_hand,
+    check_part,
+    describe,
+    not_in_backup,
+    only,
+    rehearse,
+    would_overwrite,
+)
 from workers.component import NO_OPTIONS, BaseComponent, Options, Part, Restore, Source
 from workers.errors import Permanent
 from workers.runtime import run
@@ -66,7 +77,7 @@ class Component(BaseComponent):
         lines = [would_overwrite(self.runtime, [PurePosixPath(self.path)], part, self.path)]
         if self.exclude:
             lines.append(f"{self.path}: what the backup excludes is removed ({', '.join(self.exclude)})")
-        return lines
+        return lines + not_in_backup(part)
 
     def by_hand(self, parts: Sequence[Part]) -> str:
         part = only(parts)
@@ -106,15 +117,16 @@ class Component(BaseComponent):
         return kind, PurePosixPath(path.removesuffix("\n")), int(size) if size else None
 
     def _read(self, path: PurePosixPath, holds: dict[str, Any]) -> Iterator[bytes]:
-        digest, warnings = TreeDigest(), list[str]()
-        yield from digest.through(
-            self.runtime.read_tree(path, exclude=[*self.exclude, OURS], warnings=warnings)
-        )
+        digest, changed = TreeDigest(), list[str]()
+        inside = look_inside(self.runtime, path.parent, [path.name], self.exclude)
+        tree = self.runtime.read_tree(path, exclude=[*self.exclude, OURS], warnings=changed)
+        yield from digest.through(inside.without_special(tree))
         if not digest.entries:
             raise Permanent(f"{self.path}: the backup is empty; the excludes match all of it")
+        warnings = inside.warnings + changed
         if len(warnings) > WARNINGS:
             warnings[WARNINGS:] = [f"and {len(warnings) - WARNINGS} more"]
-        holds |= describe(digest, warnings)
+        holds |= describe(digest, warnings, inside.skipped)
 
     def _tree(self, restore: Restore, selection: Selection | None = None) -> Tree:
         part = only(restore.parts)

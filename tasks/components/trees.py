@@ -228,8 +228,8 @@ def present(runtime: Runtime, folder: PurePosixPath, names: Iterable[str]) -> li
     return [line.removeprefix("./") for line in found.decode().splitlines()]
 
 
-def describe(digest: TreeDigest, warnings: Sequence[str]) -> dict[str, Any]:
-    """Return what a part's record says of its tree."""
+def describe(digest: TreeDigest, warnings: Sequence[str], skipped: Sequence[str]) -> dict[str, Any]:
+    """Return what a part's record says of its tree; ``skipped`` names what is in the tree and not in the part."""
     return {
         "files": digest.files,
         "bytes": digest.bytes,
@@ -239,7 +239,13 @@ def describe(digest: TreeDigest, warnings: Sequence[str]) -> dict[str, Any]:
         "tree_sha256": digest.sha256,
         "digest_version": digest.version,
         "warnings": list(warnings),
+        "skipped": list(skipped),
     }
+
+
+def not_in_backup(part: Part) -> list[str]:
+    """Return lines for the plan that name what a restore of ``part`` does not bring back."""
+    return [f"not in the backup: {line}" for line in part.holds.get("skipped", [])]
 
 
 def content_sha256(digest: TreeDigest) -> str:

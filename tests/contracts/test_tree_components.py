@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import os
-import secrets
 import shutil
+import socket
+import stat
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import docker
 import pytest
-from hypothesis import HealthCheck, given, settings
 
 from tasks.components import config, files
-from tests.contracts.conftest import IMAGE
-from tests.trees import TREES, backed_up, leftovers, look, make, restoring
+from tests.trees import backed_up, leftovers, look, restoring
 from workers.component import BaseComponent, Part, Restore
 from workers.errors import CommandFailed, ComparisonError, IntegrityError, Permanent
 from workers.runtime.process import ProcessRuntime
@@ -211,6 +209,34 @@ def test_a_rehearsal_compares_and_leaves_nothing(
     assert look_without_disk(tree) == live
 
 
+def test_what_is_no_data_is_left_out_by_name(tree: Path) -> None:
+    kept = look_without_disk(tree)
+    with socket.socket(socket.AF_UNIX) as listening:
+        listening.bind(str(tree / "new\nline.sock"))
+    os.mkfifo(tree / "2025" / "fifo")
+    (tree / "2025" / "same fifo").hardlink_to(tree / "2025" / "fifo")
+    names = ["2025/fifo: a FIFO", "2025/same fifo: a FIFO", "new\\nline.sock: a socket"]
+    if os.geteuid() == 0:
+        os.mknod(tree / "null", stat.S_IFCHR | 0o600, os.makedev(1, 3))
+        names.append("null: a device node")
+    os.mkfifo(tree / "excluded")
+    part, plain = backed_up(uploads(tree, exclude=("excluded",)))
+    assert part.holds["skipped"] == [f"uploads/{name}" for name in names]
+    assert part.remarks == [f"left out: uploads/{name}" for name in names]
+    assert uploads(tree).overwrites([part])[1:] == [f"not in the backup: uploads/{name}" for name in names]
+    os.utime(tree / "2025", (0, kept[b"2025"][3]))
+    replace(uploads(tree), restoring(part, plain))
+    assert {name: it for name, it in look_without_disk(tree).items() if name not in (b".", b"2025")} == {
+        name: it for name, it in kept.items() if name not in (b".", b"2025")
+    }
+    assert not (tree / "2025" / "fifo").exists()
+    assert not (tree / "null").exists()
+    for number in range(150):
+        os.mkfifo(tree / f"{number:03}")
+    skipped = backed_up(uploads(tree))[0].holds["skipped"]
+    assert (len(skipped), skipped[-1]) == (101, "and 50 more")
+
+
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root mounts")
 def test_what_is_mounted_inside_is_refused_by_name_before_anything_moves(tree: Path) -> None:
     part, plain = backed_up(uploads(tree))
@@ -219,6 +245,9 @@ def test_what_is_mounted_inside_is_refused_by_name_before_anything_moves(tree: P
     try:
         (mounted / "cached").touch()
         live = look_without_disk(tree)
+        (named,) = backed_up(uploads(tree))[0].holds["warnings"]
+        assert named.startswith("uploads/2026/a b: mounted there, and in the backup")
+        assert backed_up(uploads(tree, exclude=("a b",)))[0].holds["warnings"] == []
         restore = restoring(part, plain)
         with pytest.raises(CommandFailed, match="2026/a b is mounted inside what would be replaced"):
             uploads(tree).stage(restore)
@@ -268,43 +297,3 @@ def bare_part(component: BaseComponent, kind: str, plain: bytes) -> Part:
     return part.model_copy(
         update={"component": component.name, "kind": kind, "holds": {}, "plain_size": len(plain)}
     )
-
-
-@pytest.fixture(scope="module")
-def container(docker_client: docker.DockerClient) -> Iterator[tuple[str, Path]]:
-    """A container with a named volume at /data, and where the volume lies on this host."""
-    name = f"contract-trees-{secrets.token_hex(4)}"
-    volume = docker_client.volumes.create(name)
-    found = docker_client.containers.run(
-        IMAGE,
-        ["sleep", "100000"],
-        detach=True,
-        name=name,
-        network_mode="none",
-        volumes={name: {"bind": "/data"}},
-    )
-    yield name, Path(volume.attrs["Mountpoint"])
-    found.remove(force=True)
-    volume.remove()
-
-
-@pytest.mark.docker
-@settings(
-    max_examples=3,
-    deadline=None,
-    suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
-)
-@given(TREES)
-def test_a_named_volume_comes_back_in_a_container(container: tuple[str, Path], tree: tuple[Any, ...]) -> None:
-    name, volume = container
-    subprocess.run(["find", volume, "-mindepth", "1", "-delete"], check=True)
-    make(os.fsencode(volume), tree)
-    (volume / "marked").touch()
-    os.setxattr(volume / "marked", "user.mark", b"1")
-    before, marks = look(volume), attributes(volume)
-    it = uploads(Path("/data"), container=name)
-    part, plain = backed_up(it)
-    subprocess.run(["find", volume, "-mindepth", "1", "-delete"], check=True)
-    (volume / "other").touch()
-    replace(it, restoring(part, plain))
-    assert (look(volume), attributes(volume)) == (before, marks)
