@@ -158,11 +158,11 @@ class Recovery:
             return
         service = self.component.service
         service.stop()
-        was = self._read("stopping")
-        # Before the folder that says so is gone: a second attempt finds the server as it was, or stopped.
-        self.tree.revert(self.restore)
-        if was == "running":
+        self.tree.bring_back(self.restore)
+        if self._read("stopping") == "running":
             service.start()
+        # Last, because it removes what tells another attempt that the server has to be started.
+        self.tree.revert(self.restore)
 
     def settle(self) -> None:
         self.tree.settle(self.restore)

@@ -103,6 +103,10 @@ class Tree:
         """Move what stands to the staging folder, and what was staged into its place."""
         self._step("swap", restore)
 
+    def bring_back(self, restore: Restore) -> None:
+        """Move what stood back, and no more: `revert`, which has to follow, finds out by what stays that it was needed."""
+        self._step("back", restore)
+
     def revert(self, restore: Restore) -> None:
         """Move what stood back, and remove what was staged; fine when there is neither."""
         self._step("revert", restore)

@@ -233,6 +233,15 @@ from_old() {
   done
 }
 
+bring_back() {
+  [ -d "$staging" ] || return 0
+  if done_with away && ! done_with cleared; then
+    clear "$@"
+    note cleared ''
+  fi
+  from_old "$@"
+}
+
 case $step in
 prepare) prepare "$@" ;;
 staged) finish_stage "$@" ;;
@@ -249,14 +258,12 @@ swap)
     note placed ''
   fi
   ;;
+back)
+  bring_back "$@"
+  if [ -e "$staging/before" ]; then apply_attributes "$root" "$(cat "$staging/before")"; fi
+  ;;
 revert)
-  if [ -d "$staging" ]; then
-    if done_with away && ! done_with cleared; then
-      clear "$@"
-      note cleared ''
-    fi
-    from_old "$@"
-  fi
+  bring_back "$@"
   drop_staging before
   made=${made:-0} level=$root
   while [ "$made" -gt 0 ] && rmdir "$level" 2>/dev/null; do

@@ -8,6 +8,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
+from dataclasses import dataclass
 from json import dumps
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,41 @@ from tests.systems import System, wait_until
 ARCHIVING = {"archive_mode": "on", "archive_command": archive_command("{archive}"), "autovacuum": "off"}
 MAJORS = (15, 17, 18)
 
+HELD = """
+if [ -e "$0/hold" ]; then
+  : >"$0/reached.$$"
+  while [ -e "$0/reached.$$" ]; do sleep 0.05; done
+  exit 1
+fi
+exec "$@"
+"""
+
 Servers = Mapping[str, Postgres]
+
+
+@dataclass(frozen=True)
+class Gate:
+    """Holds the command that starts a server, and then lets it fail."""
+
+    folder: Path
+
+    def command(self, start: list[str]) -> list[str]:
+        return ["sh", "-c", HELD, str(self.folder), *start]
+
+    def close(self) -> None:
+        (self.folder / "hold").touch()
+
+    def open(self) -> None:
+        (self.folder / "hold").unlink()
+
+    def held(self) -> bool:
+        return any(self.folder.glob("reached.*"))
+
+    def fail(self) -> None:
+        """Let what is held end without a start."""
+        (held,) = self.folder.glob("reached.*")
+        held.unlink()
+
 
 pytestmark = pytest.mark.slow
 
@@ -41,10 +76,18 @@ def servers() -> Iterator[Servers]:
 
 
 @pytest.fixture(scope="module")
-def system(cluster_factory: Callable[..., System], servers: Servers) -> System:
+def gate(tmp_path_factory: pytest.TempPathFactory) -> Gate:
+    """In front of the start of ``db18``."""
+    return Gate(tmp_path_factory.mktemp("gate"))
+
+
+@pytest.fixture(scope="module")
+def system(cluster_factory: Callable[..., System], servers: Servers, gate: Gate) -> System:
     components = ""
     for name, server in servers.items():
         table = {**server.settings(), **server.control(), "wal_archive": str(server.archive)}
+        if name == "db18":
+            table["start"] = gate.command(table["start"])
         password = dumps(table.pop("password")["file"])
         lines = "".join(f"{key} = {dumps(value)}\n" for key, value in table.items() if key != "name")
         components += f"[components.{name}]\n{lines}password = {{ file = {password} }}\n"
@@ -124,6 +167,49 @@ def test_removed_segment_is_named_and_a_new_base_backup_follows(system: System, 
         assert after[name]["newest"] == healed[name]["collection"]["taken"].replace("Z", "+00:00")
         assert f"{segment} is missing" in said
     assert "newest recoverable point" in said
+
+
+def test_killed_workers_leave_the_server_as_it_was(system: System, servers: Servers, gate: Gate) -> None:
+    server = servers["db18"]
+    before = server.rows("SELECT t FROM written ORDER BY 1")
+
+    def watched(condition: Callable[[], bool]) -> None:
+        """Wait until something is so, with a watchdog that looks all the time."""
+
+        def look() -> bool:
+            with system.client() as app:
+                app.send_task("tasks.watchdog.watch", queue="control")
+            return wait_until(condition, timeout=1)
+
+        assert wait_until(look, timeout=90), system.cli("show", run_id)
+
+    def kill_worker() -> None:
+        system.cluster.kill("db1")
+        if gate.held():
+            gate.fail()  # it ends with its worker
+        system.start_worker("db1")
+
+    run_id = system.call("tasks.recover.recover_component", "db18", options={"latest": True}, confirm="db18")
+    system.wait_for_child("db18", "postgres")  # the one that recovers
+    kill_worker()
+    gate.close()
+    watched(gate.held)
+    assert not (server.data_dir / "postmaster.pid").exists(), "the swap has stopped the server"
+    kill_worker()
+    watched(gate.held)
+    gate.fail()  # so that all has to be put back
+    watched(lambda: system.query("SELECT phase FROM run WHERE id = ?", run_id) == [("abort-revert",)])
+    watched(gate.held)
+    kill_worker()
+    gate.open()
+    watched(lambda: system.query("SELECT state FROM run WHERE id = ?", run_id) == [("FAILED",)])
+
+    assert server.rows("SELECT t FROM written ORDER BY 1") == before
+    assert server.rows("SELECT timeline_id FROM pg_control_checkpoint()") == [(1,)]
+    assert not list(server.data_dir.glob(".ai-micro-backup*"))
+    steps = system.cli("show", run_id)["steps"]
+    attempts = {step["phase"]: step["attempt"] for step in steps if step["name"] == "db18"}
+    assert (attempts["stage"], attempts["swap"], attempts["abort-revert"]) == (2, 2, 2)
 
 
 def test_recover_brings_back_the_moment_and_says_so(system: System, servers: Servers) -> None:
