@@ -189,27 +189,27 @@ class Copier:
         digest, item = Digest(), self.progress.add(PurePosixPath(key).name, size)
 
         def chunks() -> Iterator[bytes]:
-            yield from throttled(
-                item.through(digest.through(self.source.get(key))), self.offsite.bytes_per_second
-            )
+            yield from item.through(digest.through(self.source.get(key)))
             if digest.size != size or digest.sha256 != (sha256 or digest.sha256):
                 raise IntegrityError(f"{key} in the main store is not what was recorded; it was not copied")
             self.lease.check()
 
-        self.target.put(key, chunks())
+        self.target.put(key, chunks(), sha256=sha256, sending=Pace(self.offsite.bytes_per_second))
         if self.offsite.read_back and _sha256(self.target, key) != digest.sha256:
             self.target.delete(key)
             raise IntegrityError(f"the offsite copy of {key} is not what was sent; it was removed")
 
 
-def throttled(chunks: Iterable[bytes], bytes_per_second: int | None) -> Iterator[bytes]:
-    """Yield ``chunks`` no faster than so many bytes a second; time that was lost is not made up for."""
-    free = time.monotonic()
-    for chunk in chunks:
-        if bytes_per_second:
-            free = max(free, time.monotonic()) + len(chunk) / bytes_per_second
-            time.sleep(max(0.0, free - time.monotonic()))
-        yield chunk
+class Pace:
+    """Waits, before bytes are sent, so that no more than so many go in a second; lost time is not made up for."""
+
+    def __init__(self, bytes_per_second: int | None) -> None:
+        self._bytes_per_second, self._free = bytes_per_second, time.monotonic()
+
+    def __call__(self, size: int) -> None:
+        if self._bytes_per_second:
+            self._free = max(self._free, time.monotonic()) + size / self._bytes_per_second
+            time.sleep(max(0.0, self._free - time.monotonic()))
 
 
 @contextmanager

@@ -29,7 +29,7 @@ from workers.hosts import CONTROL
 from workers.locks import Lease
 from workers.sections import RetentionPolicy, RetentionSettings
 from workers.settings import Settings, get_settings
-from workers.storage import Store, open_store
+from workers.storage import Store, open_store, remove_unfinished
 
 PRUNE = "prune_stores"
 """Name of the scheduled job."""
@@ -138,7 +138,10 @@ def _plan(table: str, backups: Sequence[Backup], read: Collection[str] = ()) -> 
 
 
 def prune_archives(table: str, lease: Lease) -> dict[str, Any]:
-    """Delete what the survey drops; what a run began to read meanwhile stays, and what fails keeps no other from going."""
+    """Delete what the survey drops, and what writers left that ended badly.
+
+    What a run began to read meanwhile stays, and what fails keeps no other from going.
+    """
     store, found = open_store(store_settings(table)), survey(table)
     dropped, failed = [], []
     for decision in found.plan.dropped:
@@ -157,6 +160,8 @@ def prune_archives(table: str, lease: Lease) -> dict[str, Any]:
         lease.check()
         for proof in list_orphans(store):
             store.delete(proof)
+    ended = remove_unfinished(store_settings(table))
+    notes += [f"what was unfinished for {key} was removed: nobody went on with it" for key in ended]
     record = {"dropped": dropped, "kept": len(found.plan.kept), "wal_files": segments, "notes": notes}
     if failed:
         raise Permanent(f"not deleted: {'; '.join(failed)}")

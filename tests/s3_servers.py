@@ -79,6 +79,17 @@ class S3Server:
         uploads = self.client.list_multipart_uploads(**place).get("Uploads", [])
         return [item["Key"] for item in [*objects, *uploads]]
 
+    def arrived(self, settings: S3StoreSettings) -> int:
+        """Return how many bytes of such uploads there are."""
+        uploads = self.client.list_multipart_uploads(Bucket=settings.bucket, Prefix=f"{settings.prefix}/")
+        return sum(
+            part["Size"]
+            for upload in uploads.get("Uploads", [])
+            for part in self.client.list_parts(
+                Bucket=settings.bucket, Key=upload["Key"], UploadId=upload["UploadId"]
+            ).get("Parts", [])
+        )
+
 
 @contextmanager
 def moto_server(folder: Path) -> Iterator[S3Server]:

@@ -109,14 +109,14 @@ class Fault:
 FAULT = Fault()
 
 
-def put(self: LocalStore, key: str, chunks: Any) -> Any:
+def put(self: LocalStore, key: str, chunks: Any, **how: Any) -> Any:
     kind = FAULT.due(f"put {key}")
     if kind == "before":
         raise StoreUnavailable("injected before")
     if kind == "full":
         with full_disk():
-            return REAL["put"](self, key, chunks)
-    done = REAL["put"](self, key, chunks)
+            return REAL["put"](self, key, chunks, **how)
+    done = REAL["put"](self, key, chunks, **how)
     if kind == "after":
         raise StoreUnavailable("injected after")
     return done
@@ -252,7 +252,13 @@ class World:
                         archive.verify(store, key)
                 except Exception as error:  # noqa: BLE001 - whatever is wrong with it
                     yield f"{name}: {key} looks like a backup and is none: {error!r}"
-            yield from (f"{name}: {path} was left" for path in self._files(name) if ".incoming-" in path)
+            # A copy that broke off is gone on with, until it is there.
+            copied = {copy.sha256 for copy in catalog.list_copies()}
+            goes_on = (
+                {row.sha256 for row in catalog.list_artifacts()} - copied if name == "offsite" else set()
+            )
+            left = [path.partition(".incoming-") for path in self._files(name) if ".incoming-" in path]
+            yield from (f"{name}: {''.join(path)} was left" for path in left if path[2] not in goes_on)
 
     def _wrong_rows(self) -> Iterator[str]:
         rows: dict[str, Any] = {"store": catalog.list_artifacts(), "offsite": catalog.list_copies()}

@@ -95,3 +95,8 @@ class NotConfirmed(Permanent):
 
 class CatalogError(Permanent):
     """The catalogue refuses: an unknown run, or one that cannot be opened now."""
+
+
+def can_go_on(error: BaseException) -> bool:
+    """Whether work that ended so can be gone on with: what ended it can pass, or another worker does it now."""
+    return isinstance(error, LeaseLost) or not isinstance(error, Permanent)

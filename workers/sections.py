@@ -97,7 +97,8 @@ class S3StoreSettings(Strict):
     attempts: int = Field(default=5, ge=1)
     """How often a request is tried, with growing pauses."""
     unfinished_hours: float = Field(default=48, gt=0)
-    """Uploads older than that were left by killed writers and are aborted; longer than any run may take."""
+    """Uploads to which nothing was added for so long were left by killed writers and are aborted; longer than any run may
+    take. Until then a copy goes on with its own."""
     lock: LockSettings | None = None
     """For the offsite store only: what the main store holds in between must be deleted."""
 

@@ -5,13 +5,14 @@ A new kind is one more entry of ``KINDS`` and its function.
 
 from __future__ import annotations
 
+import hashlib
 import random
 import signal
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
@@ -21,8 +22,16 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
+from compose.demo.embedded_daemon import wait_until
 from tests.s3_servers import S3Server, moto_server, swift_server
-from workers.errors import ObjectExists, ObjectNotFound, Permanent
+from workers.errors import (
+    IntegrityError,
+    LeaseLost,
+    ObjectExists,
+    ObjectNotFound,
+    Permanent,
+    StoreUnavailable,
+)
 from workers.sections import LocalStoreSettings, S3StoreSettings
 from workers.storage import Store, StoredObject, open_store
 
@@ -37,6 +46,8 @@ class Backend:
     settings: LocalStoreSettings | S3StoreSettings
     everything: Callable[[], list[str]]
     """Committed objects as well as what unfinished puts left (temporary files, parts of uploads)."""
+    arrived: Callable[[], int]
+    """How many bytes unfinished puts have sent."""
     turns: int = 1
     """By how much repetitions are cut where a request takes milliseconds."""
     one_winner: bool = True
@@ -50,19 +61,26 @@ def local(request: pytest.FixtureRequest, folder: Path) -> Backend:
     return Backend(
         LocalStoreSettings(path=folder / "store"),
         lambda: [str(path) for path in (folder / "store").rglob("*") if path.is_file()],
+        lambda: sum(path.stat().st_size for path in (folder / "store").rglob(".incoming-*")),
     )
 
 
 def moto(request: pytest.FixtureRequest, folder: Path) -> Backend:
     server: S3Server = request.getfixturevalue("moto_s3")
     settings = server.store()
-    return Backend(settings, lambda: server.everything(settings), turns=8)
+    return Backend(settings, lambda: server.everything(settings), lambda: server.arrived(settings), turns=8)
 
 
 def swift(request: pytest.FixtureRequest, folder: Path) -> Backend:
     server: S3Server = request.getfixturevalue("swift_s3")
     settings = server.store()
-    return Backend(settings, lambda: server.everything(settings), turns=20, one_winner=False)
+    return Backend(
+        settings,
+        lambda: server.everything(settings),
+        lambda: server.arrived(settings),
+        turns=20,
+        one_winner=False,
+    )
 
 
 KINDS = {"local": local, "moto": moto, "swift": swift}
@@ -371,17 +389,18 @@ from workers.storage import open_store
 
 def source():
     for number in range(int(sys.argv[3])):
-        yield b"x" * 100_000
+        yield bytes([number % 256]) * 100_000
     print("written", flush=True)
     sys.stdin.read()
 
-open_store(TypeAdapter(StoreSettings).validate_json(sys.argv[1])).put(sys.argv[2], source())
+store = open_store(TypeAdapter(StoreSettings).validate_json(sys.argv[1]))
+store.put(sys.argv[2], source(), sha256=sys.argv[4] or None)
 """
 
 
-def start_writer(backend: Backend, key: str, *, chunks: int) -> subprocess.Popen[bytes]:
+def start_writer(backend: Backend, key: str, *, chunks: int, sha256: str = "") -> subprocess.Popen[bytes]:
     """Return a process that has put so many chunks and waits before it ends its source."""
-    argv = [sys.executable, "-c", WRITER, backend.settings.model_dump_json(), key, str(chunks)]
+    argv = [sys.executable, "-c", WRITER, backend.settings.model_dump_json(), key, str(chunks), sha256]
     writer = subprocess.Popen(argv, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     assert writer.stdout
     assert writer.stdout.readline() == b"written\n"
@@ -403,6 +422,80 @@ def test_what_a_killed_writer_left_is_never_an_object(backend: Backend, chunks: 
     store.put("parts/run/a", [b"the next attempt"])
     assert content(store, "parts/run/a") == b"the next attempt"
     assert keys(store) == ["parts/run/a"]
+
+
+CHUNKS = [bytes([number % 256]) * 100_000 for number in range(250)]
+"""What a writer of so many chunks puts: in S3, two parts of 8 MiB and a smaller one."""
+DIGEST = hashlib.sha256(b"".join(CHUNKS)).hexdigest()
+
+
+def put_counting(store: Store, key: str, chunks: Iterable[bytes], sha256: str) -> int:
+    """Put and return how many bytes had to be sent."""
+    sent: list[int] = []
+    store.put(key, chunks, sha256=sha256, sending=sent.append)
+    return sum(sent)
+
+
+def test_a_put_goes_on_where_one_of_the_same_content_was_killed(backend: Backend) -> None:
+    store = backend.open()
+    with start_writer(backend, "full_system/a", chunks=200, sha256=DIGEST) as writer:
+        assert wait_until(lambda: backend.arrived() >= 16 * MEGABYTE, timeout=60)
+        writer.send_signal(signal.SIGKILL)
+    assert keys(store) == []
+    store.put("full_system/other", [b"of another content, which sweeps below the same folder"])
+    there = backend.arrived()
+
+    sent = put_counting(store, "full_system/a", CHUNKS, DIGEST)
+
+    assert sent == len(CHUNKS) * 100_000 - there
+    assert content(store, "full_system/a") == b"".join(CHUNKS)
+    assert backend.arrived() == 0
+    assert len(backend.everything()) == 2
+
+
+def test_what_can_pass_leaves_what_was_sent_for_the_next_one_and_what_cannot_leaves_nothing(
+    backend: Backend,
+) -> None:
+    store = backend.open()
+
+    def source(error: BaseException) -> Iterator[bytes]:
+        yield from CHUNKS[:200]
+        raise error
+
+    for error in (StoreUnavailable("away"), LeaseLost("another does it"), SystemExit(1)):
+        with pytest.raises(type(error)):
+            store.put("a", source(error), sha256=DIGEST)
+        assert backend.arrived() >= 16 * MEGABYTE
+        assert keys(store) == []
+    with pytest.raises(IntegrityError):
+        store.put("a", source(IntegrityError("its source is damaged")), sha256=DIGEST)
+    assert backend.everything() == []
+
+
+@pytest.mark.parametrize("changed", [0, 100, 249])
+def test_what_was_sent_of_other_content_is_never_put_together_with_this(
+    backend: Backend, changed: int
+) -> None:
+    """The same digest is claimed, and a byte differs: in the first part, in a later one, in what was not sent."""
+    store = backend.open()
+    other = [*CHUNKS[:changed], b"!" + CHUNKS[changed][1:], *CHUNKS[changed + 1 :]]
+
+    def source() -> Iterator[bytes]:
+        yield from CHUNKS
+        raise StoreUnavailable("away")
+
+    with pytest.raises(StoreUnavailable):
+        store.put("a", source(), sha256=DIGEST)
+
+    assert put_counting(store, "a", other, DIGEST) > 0
+    assert content(store, "a") == b"".join(other)
+    store.delete("a")
+
+    if changed == 249:
+        with pytest.raises(StoreUnavailable):
+            store.put("a", source(), sha256=DIGEST)
+        store.put("a", CHUNKS[:90], sha256=DIGEST)
+        assert content(store, "a") == b"".join(CHUNKS[:90]), "nor does anything of it stand behind this"
 
 
 OPERATIONS = st.lists(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import stat
@@ -9,6 +10,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,8 @@ from typing import Any
 import pytest
 
 from workers.errors import Permanent, StoreUnavailable
+from workers.sections import LocalStoreSettings
+from workers.storage import remove_unfinished
 from workers.storage.local import TEMPORARY_PREFIX, LocalStore
 
 ROOT = Path(__file__).parents[2]
@@ -244,3 +248,55 @@ def test_a_folder_that_cannot_be_read_is_no_empty_one(tmp_path: Path) -> None:
         (tmp_path / "closed").mkdir(mode=0o000)
         with pytest.raises(Permanent, match="Permission denied"):
             list(LocalStore(tmp_path).list(""))
+
+
+DIGEST = "0" * 64
+UNFINISHED = f".incoming-{DIGEST}"
+
+
+def test_what_a_put_could_go_on_with_is_kept_for_two_days(tmp_path: Path) -> None:
+    store, settings = LocalStore(tmp_path), LocalStoreSettings(path=tmp_path)
+    (tmp_path / "a").mkdir()
+    for path in (tmp_path / "a" / UNFINISHED, tmp_path / "a" / ".incoming-x"):
+        path.write_text("half")
+    assert remove_unfinished(settings) == ["a/.incoming-x"]
+    store.put("a/b", [b"1"])
+    assert files(tmp_path) == [f"a/{UNFINISHED}", "a/b"]
+
+    os.utime(tmp_path / "a" / UNFINISHED, (0, time.time() - 49 * 3600))
+    assert remove_unfinished(settings) == [f"a/{UNFINISHED}"]
+    assert files(tmp_path) == ["a/b"]
+
+
+def test_what_was_committed_is_never_taken_for_something_unfinished(tmp_path: Path) -> None:
+    """Its writer was killed between the two names; then the object was lost, and is put again while another keeps it."""
+    store = LocalStore(tmp_path)
+    store.put("a", [b"committed"], sha256=DIGEST)
+    assert files(tmp_path) == ["a"]
+    (tmp_path / UNFINISHED).hardlink_to(tmp_path / "a")
+    store.put("b", [b"other"], sha256=DIGEST)
+    assert b"".join(store.get("a")) == b"committed"
+    assert b"".join(store.get("b")) == b"other"
+
+
+def test_two_puts_of_one_content_do_not_write_one_file(tmp_path: Path) -> None:
+    store = LocalStore(tmp_path)
+
+    def source() -> Iterator[bytes]:
+        yield b"first "
+        store.put("b", [b"first ", b"second"], sha256=DIGEST)
+        yield b"second"
+
+    store.put("a", source(), sha256=DIGEST)
+    assert [b"".join(store.get(key)) for key in "ab"] == [b"first second"] * 2
+    assert files(tmp_path) == ["a", "b"]
+
+
+def test_a_full_disk_is_not_kept_full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(_descriptor: int, _chunk: bytes) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("workers.storage.local._write_all", full)
+    with pytest.raises(StoreUnavailable, match="No space left"):
+        LocalStore(tmp_path).put("a", [b"1"], sha256=DIGEST)
+    assert files(tmp_path) == []

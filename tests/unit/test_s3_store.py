@@ -14,8 +14,8 @@ from botocore.response import StreamingBody
 
 from tests.s3_servers import S3Server, moto_server
 from workers.errors import IntegrityError, ObjectExists, ObjectNotFound, Permanent, StoreUnavailable
-from workers.sections import LocalStoreSettings, S3StoreSettings
-from workers.storage import s3_client
+from workers.sections import LocalStoreSettings, LockSettings, S3StoreSettings
+from workers.storage import remove_unfinished, s3_client
 from workers.storage.preflight import check_store
 from workers.storage.s3 import S3Store
 from workers.storage.s3_upload import part_size, parts_of
@@ -162,6 +162,39 @@ def test_uploads_of_killed_writers_are_aborted_when_they_are_old(server: S3Serve
     assert server.everything(hasty) == [f"{hasty.prefix}/parts/other/b"]
 
 
+def test_an_upload_to_which_somebody_adds_is_not_old_and_those_that_are_end_by_a_prune(
+    server: S3Server,
+) -> None:
+    settings = server.store(unfinished_hours=48)
+    where = {"Bucket": settings.bucket, "Key": f"{settings.prefix}/full_system/a"}
+    upload = server.client.create_multipart_upload(**where)["UploadId"]
+    server.client.upload_part(**where, UploadId=upload, PartNumber=1, Body=b"just now")
+    assert remove_unfinished(settings) == []
+    assert len(server.everything(settings)) == 1
+
+    assert remove_unfinished(settings.model_copy(update={"unfinished_hours": 1e-9})) == ["full_system/a"]
+    assert server.everything(settings) == []
+
+
+def test_what_was_gone_on_with_is_locked_from_its_end_on(server: S3Server) -> None:
+    """The upload may be days old, or older than the lock in the settings."""
+    server.client.create_bucket(Bucket="going-on", ObjectLockEnabledForBucket=True)
+    settings = server.store(bucket="going-on")
+
+    def source() -> Iterator[bytes]:
+        yield from noise()
+        raise StoreUnavailable("away")
+
+    with pytest.raises(StoreUnavailable):
+        S3Store(settings).put("a", source(), sha256="f")
+    lock = LockSettings(mode="governance", days=3)
+    S3Store(settings.model_copy(update={"lock": lock})).put("a", noise(), sha256="f")
+
+    head = server.client.head_object(Bucket="going-on", Key=f"{settings.prefix}/a")
+    days = (head["ObjectLockRetainUntilDate"] - head["LastModified"]).total_seconds() / 86400
+    assert (head["ObjectLockMode"], days) == ("GOVERNANCE", pytest.approx(3, abs=0.01))
+
+
 class Breaking(StreamingBody):
     """A body whose connection breaks after each chunk."""
 
@@ -257,6 +290,7 @@ def test_preflight_of_a_bucket_finds_what_works_and_leaves_nothing(
     checks = {check.what: check for check in check_store(settings)}
     assert [check for check in checks.values() if not check.ok] == []
     assert checks["conditional put"].says == "works"
+    assert checks["an object of several parts"].says == "works, and goes on where it broke off"
     assert server.everything(settings) == []
 
     missing = check_store(settings.model_copy(update={"bucket": "absent"}))

@@ -6,17 +6,21 @@ import contextlib
 import errno
 import fcntl
 import os
+import re
 import stat
 import tempfile
-from collections.abc import Iterable, Iterator
+import time
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
-from workers.errors import ObjectExists, ObjectNotFound, Permanent, StoreUnavailable
-from workers.storage import StoredObject, check_key
+from workers.errors import ObjectExists, ObjectNotFound, Permanent, StoreUnavailable, can_go_on
+from workers.storage import Sending, StoredObject, at_once, check_key
 
 CHUNK = 1 << 20
 TEMPORARY_PREFIX = ".incoming-"
 CREATE_ATTEMPTS = 1000
+KEPT_SECONDS = 48 * 3600
+FULL = (errno.ENOSPC, errno.EDQUOT)
 NO_FILE = (NotADirectoryError, IsADirectoryError)
 
 
@@ -25,31 +29,43 @@ class LocalStore:
 
     A put writes ``.incoming-*`` beside the final name, fsyncs it, links it to the final name and fsyncs the
     folder, so that a final name always holds a whole object. What a killed writer leaves is never listed, and
-    is removed by the next put below the same first folder once its writer is gone (its lock is free).
+    is removed by the next put below the same first folder once its writer is gone (its lock is free). What is named by
+    a digest, ``.incoming-<sha256>``, waits for `KEPT_SECONDS` for a put of the same content, which goes on with it.
     """
 
     def __init__(self, root: Path) -> None:
         self.root = root
 
-    def put(self, key: str, chunks: Iterable[bytes]) -> StoredObject:
+    def put(
+        self, key: str, chunks: Iterable[bytes], *, sha256: str | None = None, sending: Sending = at_once
+    ) -> StoredObject:
         path = self._path(key)
         with _translated(key):
             if path.exists():
                 raise ObjectExists(f"{key} is already in the store at {self.root}")
             first, _, below = key.partition("/")
             self._sweep(self.root / first if below else self.root)
-            descriptor, temporary = _create(path.parent)
-        try:
-            with os.fdopen(descriptor, "wb", buffering=0) as file:
+            descriptor, temporary = _create(path.parent, sha256)
+        with os.fdopen(descriptor, "r+b", buffering=0):
+            position = 0
+            try:
                 for chunk in chunks:
                     with _translated(key):
-                        _write_all(file.fileno(), chunk)
+                        _write_unless_there(descriptor, chunk, position, sending)
+                    position += len(chunk)
                 with _translated(key):
-                    os.fsync(file.fileno())
+                    os.ftruncate(descriptor, position)
+                    os.fsync(descriptor)
                     # link(), unlike rename(), fails when another writer was first.
                     os.link(temporary, path)
                     _sync_folder(path.parent)
-        finally:
+            except BaseException as error:
+                full = isinstance(error.__cause__, OSError) and error.__cause__.errno in FULL
+                has_its_name = os.fstat(descriptor).st_nlink > 1
+                if not _is_of_digest(temporary) or not can_go_on(error) or full or has_its_name:
+                    temporary.unlink(missing_ok=True)
+                raise
+            # While it is locked: nobody may take what has a final name, too, for something unfinished.
             temporary.unlink(missing_ok=True)
         return self.stat(key)
 
@@ -95,14 +111,22 @@ class LocalStore:
                 path.unlink()
             self._remove_if_empty(path.parent)
 
-    def _sweep(self, start: Path) -> None:
-        """Remove what killed writers left: files whose lock is free."""
+    def remove_unfinished(self) -> Sequence[str]:
+        with _translated("what is unfinished"):
+            return self._sweep(self.root)
+
+    def _sweep(self, start: Path) -> Sequence[str]:
+        """Remove what killed writers left, files whose lock is free, and return what they were beside or for."""
+        removed = []
         for path in list(_files(start)):
             if path.name.startswith(TEMPORARY_PREFIX):
                 with contextlib.suppress(FileNotFoundError, BlockingIOError), path.open("rb") as file:
                     fcntl.flock(file.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
-                    path.unlink()
-                    self._remove_if_empty(path.parent)
+                    if not _is_of_digest(path) or path.stat().st_mtime < time.time() - KEPT_SECONDS:
+                        path.unlink()
+                        removed.append(path.relative_to(self.root).as_posix())
+                        self._remove_if_empty(path.parent)
+        return removed
 
     def _remove_if_empty(self, folder: Path) -> None:
         while folder != self.root:
@@ -117,17 +141,31 @@ class LocalStore:
         return self.root.joinpath(*parts)
 
 
+def _write_unless_there(descriptor: int, chunk: bytes, position: int, sending: Sending) -> None:
+    """Write a chunk at its place, and drop what follows, unless an earlier put left the same there."""
+    if os.pread(descriptor, len(chunk), position) != chunk:
+        sending(len(chunk))
+        os.ftruncate(descriptor, position)
+        os.lseek(descriptor, position, os.SEEK_SET)
+        _write_all(descriptor, chunk)
+
+
 def _write_all(descriptor: int, chunk: bytes) -> None:
     view = memoryview(chunk)
     while view:
         view = view[os.write(descriptor, view) :]
 
 
-def _create(folder: Path) -> tuple[int, Path]:
-    """Create a temporary file in ``folder``, locked, and the folder, which others remove whenever it is empty."""
+def _create(folder: Path, sha256: str | None) -> tuple[int, Path]:
+    """Create a temporary file in ``folder``, locked, and the folder, which others remove whenever it is empty.
+
+    What an earlier put of the content with this digest left is taken instead, unless somebody is writing it.
+    """
     for _ in range(CREATE_ATTEMPTS):
         with contextlib.suppress(FileNotFoundError):
             _make_folder(folder)
+            if sha256 and (taken := _take(folder / f"{TEMPORARY_PREFIX}{sha256}")):
+                return taken
             descriptor, name = tempfile.mkstemp(prefix=TEMPORARY_PREFIX, dir=folder)
             # Waits for no longer than another writer's sweep looks at it, or removes it since it was not locked yet.
             fcntl.flock(descriptor, fcntl.LOCK_EX)
@@ -135,6 +173,22 @@ def _create(folder: Path) -> tuple[int, Path]:
                 return descriptor, Path(name)
             os.close(descriptor)
     raise OSError(errno.EAGAIN, "its folder is removed again and again")
+
+
+def _take(path: Path) -> tuple[int, Path] | None:
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
+    with contextlib.suppress(BlockingIOError, FileNotFoundError):
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        # It may have been swept away or committed just now, or committed by one who was killed before removing this name.
+        status = os.fstat(descriptor)
+        if status.st_nlink == 1 and os.path.samestat(status, path.stat()):
+            return descriptor, path
+    os.close(descriptor)
+    return None
+
+
+def _is_of_digest(temporary: Path) -> bool:
+    return re.fullmatch(f"{re.escape(TEMPORARY_PREFIX)}[0-9a-f]{{64}}", temporary.name) is not None
 
 
 def _make_folder(folder: Path) -> None:

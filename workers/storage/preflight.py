@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import secrets
 import shutil
 import time
@@ -67,6 +69,10 @@ def _tried(what: str, step: Callable[[], str]) -> Check:
         return Check(what, ok=False, says=str(error))
 
 
+class _BrokenOffError(Exception):
+    """Ends a put that is to be gone on with."""
+
+
 @dataclass(frozen=True)
 class _Trial:
     store: Store
@@ -95,16 +101,22 @@ class _Trial:
         raise Permanent("a second object took the place of the first; committed backups could be overwritten")
 
     def large(self) -> str:
-        key, size = f"{self.key}.large", part_size(1)
+        key, sent = f"{self.key}.large", list[int]()
+        whole = bytes(part_size(1)) + SMALL
+        digest = hashlib.sha256(whole).hexdigest()
 
-        def chunks() -> Iterator[bytes]:
-            yield bytes(size)
-            yield SMALL
+        def breaks_off() -> Iterator[bytes]:
+            yield whole
+            raise _BrokenOffError
 
-        self.store.put(key, chunks())
-        found = b"".join(self.store.get(key, offset=size))
+        with contextlib.suppress(_BrokenOffError):
+            self.store.put(key, breaks_off(), sha256=digest)
+        self.store.put(key, [whole], sha256=digest, sending=sent.append)
+        found = b"".join(self.store.get(key, offset=part_size(1)))
         _expect(found == SMALL, "its last part came back otherwise")
-        return "works"
+        if sum(sent) >= part_size(1):
+            return "works; one that breaks off begins anew, since the server does not say what it has of it"
+        return "works, and goes on where it broke off"
 
     def clock(self) -> str:
         # An object is as old as the time since it was put; more, or less than nothing, is between the clocks.

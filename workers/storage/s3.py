@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import secrets
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from datetime import UTC, datetime, timedelta
 from http import HTTPStatus
 from typing import Any
@@ -19,10 +19,10 @@ from workers.errors import (
     Permanent,
     StoreUnavailable,
 )
-from workers.sections import S3StoreSettings
-from workers.storage import StoredObject, check_key
+from workers.sections import LockSettings, S3StoreSettings
+from workers.storage import Sending, StoredObject, at_once, check_key
 from workers.storage.s3_client import BROKEN, code_of, open_client, translated
-from workers.storage.s3_upload import Checksum, Multipart, part_size, parts_of
+from workers.storage.s3_upload import Checksum, Multipart, listed_parts, part_size, parts_of, uploads
 
 CHUNK = 1 << 20
 LONGEST_PAUSE = 20
@@ -35,27 +35,35 @@ class S3Store:
 
     A put sends up to 8 MiB as one request, more as a multipart upload, and commits on the condition that the key is
     free; a server without conditional puts is asked just before. Every request carries a checksum that the server
-    checks and reports. Uploads of killed writers show nowhere and are aborted by a later put when they are old.
+    checks and reports. Uploads of killed writers show nowhere; a put of the same content goes on with them, and they are
+    aborted by a later put, or a prune, when they are old.
     """
 
     def __init__(self, settings: S3StoreSettings) -> None:
         self.settings = settings
 
-    def put(self, key: str, chunks: Iterable[bytes]) -> StoredObject:
+    def put(
+        self, key: str, chunks: Iterable[bytes], *, sha256: str | None = None, sending: Sending = at_once
+    ) -> StoredObject:
         self._refuse_taken(key)
-        writer = secrets.token_hex(16)
+        writer = sha256 or secrets.token_hex(16)
         parts = parts_of(chunks)
         first = next(parts, bytearray())
         if len(first) < part_size(1):
+            sending(len(first))
             return self._put_whole(key, first, writer)
-        self._abort_abandoned(key)
-        upload = Multipart(self._client, self._where(key), key, self.settings.checksums)
-        with upload.begun(self._properties(writer)):
+        folder, _, below = key.partition("/")
+        self._abort_abandoned(f"{folder}/" if below else "")
+        upload = Multipart(self._client, self._where(key), key, self.settings.checksums, sending)
+        goes_on = sha256 is not None and upload.find(first)
+        with upload.begun(self._properties(writer), stays=sha256 is not None):
             upload.send(first)
             for part in parts:
                 upload.send(part)
             upload.wait()
             self._commit(key, writer, upload.complete)
+        if goes_on and self.settings.lock:  # the upload has the lock of when it was begun, or none
+            self._lock(key, self.settings.lock)
         return self._committed(key, writer, upload.size)
 
     def get(self, key: str, *, offset: int = 0, length: int | None = None) -> Iterator[bytes]:
@@ -122,6 +130,14 @@ class S3Store:
             properties["ObjectLockMode"] = lock.mode.upper()
             properties["ObjectLockRetainUntilDate"] = datetime.now(UTC) + timedelta(days=lock.days)
         return properties
+
+    def _lock(self, key: str, lock: LockSettings) -> None:
+        retention = {
+            "Mode": lock.mode.upper(),
+            "RetainUntilDate": datetime.now(UTC) + timedelta(days=lock.days),
+        }
+        with translated(f"the lock of {key}"):
+            self._client.put_object_retention(**self._where(key), Retention=retention)
 
     def _put_whole(self, key: str, data: bytearray, writer: str) -> StoredObject:
         checksum = Checksum.of(data, self.settings.checksums)
@@ -210,20 +226,23 @@ class S3Store:
         with translated(key):
             return dict(self._client.head_object(**where))
 
-    def _abort_abandoned(self, key: str) -> None:
-        """Abort uploads below the same first folder that are older than any writer."""
-        first, _, below = key.partition("/")
-        pages = self._client.get_paginator("list_multipart_uploads")
-        prefix = self._name(f"{first}/" if below else "")
-        with translated(key):
-            for page in pages.paginate(Bucket=self.settings.bucket, Prefix=prefix):
-                for upload in page.get("Uploads", ()):
-                    age = datetime.now(UTC) - upload["Initiated"]
-                    if age > timedelta(hours=self.settings.unfinished_hours):
-                        with contextlib.suppress(self._client.exceptions.NoSuchUpload):
-                            self._client.abort_multipart_upload(
-                                Bucket=self.settings.bucket, Key=upload["Key"], UploadId=upload["UploadId"]
-                            )
+    def remove_unfinished(self) -> Sequence[str]:
+        return self._abort_abandoned("")
+
+    def _abort_abandoned(self, prefix: str) -> Sequence[str]:
+        """Abort the uploads to which nobody has added for longer than any writer takes, and return their keys."""
+        aborted, bucket = [], self.settings.bucket
+        before = datetime.now(UTC) - timedelta(hours=self.settings.unfinished_hours)
+        with translated(prefix or "its unfinished uploads"):
+            for upload in uploads(self._client, {"Bucket": bucket, "Prefix": self._name(prefix)}):
+                where = {"Bucket": bucket, "Key": upload["Key"], "UploadId": upload["UploadId"]}
+                with contextlib.suppress(self._client.exceptions.NoSuchUpload):
+                    if upload["Initiated"] < before and all(
+                        part["LastModified"] < before for part in listed_parts(self._client, where)
+                    ):
+                        self._client.abort_multipart_upload(**where)
+                        aborted.append(upload["Key"].removeprefix(self._name("")))
+        return aborted
 
 
 def _stored(key: str, head: dict[str, Any]) -> StoredObject:

@@ -12,7 +12,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from workers.errors import BackupError, IntegrityError, ObjectNotFound, Permanent
+from workers.errors import BackupError, IntegrityError, ObjectNotFound, Permanent, can_go_on
+from workers.storage import Sending
 from workers.storage.s3_client import translated
 
 log = logging.getLogger(__name__)
@@ -59,11 +60,14 @@ class Checksum:
         return cls(kind, hashlib.new(kind, data, usedforsecurity=False).digest())
 
     @property
+    def encoded(self) -> str:
+        return b64encode(self.digest).decode()
+
+    @property
     def arguments(self) -> dict[str, str]:
-        encoded = b64encode(self.digest).decode()
         if self.kind == "sha256":
-            return {"ChecksumAlgorithm": "SHA256", "ChecksumSHA256": encoded}
-        return {"ContentMD5": encoded}
+            return {"ChecksumAlgorithm": "SHA256", "ChecksumSHA256": self.encoded}
+        return {"ContentMD5": self.encoded}
 
     def compare(self, response: Mapping[str, Any], what: str) -> None:
         """Compare with what the server says it has. Raises ``IntegrityError``, ``Permanent`` if it does not say."""
@@ -72,7 +76,7 @@ class Checksum:
                 raise Permanent(
                     f'the server of the store ignores SHA-256 checksums, at {what}; set checksums = "md5"'
                 )
-            differs = response["ChecksumSHA256"] != b64encode(self.digest).decode()
+            differs = response["ChecksumSHA256"] != self.encoded
         else:
             etag = response.get("ETag", "").strip('"')
             # With keys of its own, and on some servers always, the ETag is no MD5; then the server's check must do.
@@ -82,41 +86,96 @@ class Checksum:
             raise IntegrityError(f"the store has other bytes than were sent, at {what}")
 
 
+def is_same(part: bytearray, listed: Mapping[str, Any]) -> bool:
+    """Whether a part that has arrived, as the server lists it, is ``part``; ``False`` where that cannot be told."""
+    if listed["Size"] != len(part):
+        return False
+    if "ChecksumSHA256" in listed:
+        return bool(listed["ChecksumSHA256"] == Checksum.of(part, "sha256").encoded)
+    return bool(listed["ETag"].strip('"') == Checksum.of(part, "md5").digest.hex())
+
+
+def uploads(client: Any, where: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    """Yield the uploads below a ``Prefix`` of a ``Bucket`` that were neither completed nor aborted."""
+    for page in client.get_paginator("list_multipart_uploads").paginate(**where):
+        yield from page.get("Uploads", ())
+
+
+def listed_parts(client: Any, where: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    """Yield the parts of one upload that have arrived."""
+    for page in client.get_paginator("list_parts").paginate(**where):
+        yield from page.get("Parts", ())
+
+
 class Multipart:
     """One multipart upload: parts are sent beside the source, a few at a time, and nothing shows before `complete`."""
 
     def __init__(
-        self, client: Any, where: Mapping[str, Any], key: str, kind: Literal["sha256", "md5"]
+        self,
+        client: Any,
+        where: Mapping[str, Any],
+        key: str,
+        kind: Literal["sha256", "md5"],
+        sending: Sending,
     ) -> None:
         self._client, self._where, self._key, self._kind = client, dict(where), key, kind
+        self._sending = sending
+        self._there: dict[int, dict[str, Any]] = {}
         self._sent: list[Future[dict[str, Any]]] = []
         self._flying: deque[tuple[Future[dict[str, Any]], int]] = deque()
         self.size = 0
 
-    @contextlib.contextmanager
-    def begun(self, properties: Mapping[str, Any]) -> Iterator[None]:
-        """Begin the upload; it is aborted, with all its parts, when the block raises."""
-        algorithm = {"ChecksumAlgorithm": "SHA256"} if self._kind == "sha256" else {}
+    def find(self, first: bytearray) -> bool:
+        """Go on with an earlier upload to the same key whose first part is ``first``, if there is one."""
+        place = {"Bucket": self._where["Bucket"], "Prefix": self._where["Key"]}
         with translated(self._key):
-            upload = self._client.create_multipart_upload(**self._where, **properties, **algorithm)
-        self._where["UploadId"] = upload["UploadId"]
+            for upload in uploads(self._client, place):
+                where = {**self._where, "UploadId": upload["UploadId"]}
+                with contextlib.suppress(self._client.exceptions.NoSuchUpload):  # ended just now
+                    if upload["Key"] != self._where["Key"]:
+                        continue
+                    there = {part["PartNumber"]: part for part in listed_parts(self._client, where)}
+                    if 1 in there and is_same(first, there[1]):
+                        self._where, self._there = where, there
+                        return True
+        return False
+
+    @contextlib.contextmanager
+    def begun(self, properties: Mapping[str, Any], *, stays: bool) -> Iterator[None]:
+        """Begin the upload unless one was found. It is aborted, with all its parts, when the block raises.
+
+        One that ``stays`` is left instead where a later put can go on with it.
+        """
+        if "UploadId" not in self._where:
+            algorithm = {"ChecksumAlgorithm": "SHA256"} if self._kind == "sha256" else {}
+            with translated(self._key):
+                upload = self._client.create_multipart_upload(**self._where, **properties, **algorithm)
+            self._where["UploadId"] = upload["UploadId"]
         self._pool = ThreadPoolExecutor(max_workers=IN_FLIGHT, thread_name_prefix="upload")
         try:
             yield
-        except BaseException:
-            self._pool.shutdown(cancel_futures=True)  # a part that arrives after the abort would stay
-            self._abort()
+        except BaseException as error:
+            left = stays and can_go_on(error)
+            self._pool.shutdown(cancel_futures=not left)  # a part that arrives after the abort would stay
+            if not left:
+                self._abort()
             raise
         self._pool.shutdown()
 
     def send(self, part: bytearray) -> None:
-        """Send a part, after waiting until memory allows another; raises what an earlier part raised."""
-        while self._flying and sum(size for _, size in self._flying) + len(part) > BYTES_IN_FLIGHT:
-            self._flying.popleft()[0].result()
+        """Send a part unless it is there, after waiting until memory allows another; raises what an earlier part raised."""
+        number = len(self._sent) + 1
         self.size += len(part)
-        future = self._pool.submit(self._upload, len(self._sent) + 1, part)
+        if (there := self._there.get(number)) and is_same(part, there):
+            future: Future[dict[str, Any]] = Future()
+            future.set_result(self._record(number, there["ETag"], Checksum.of(part, self._kind)))
+        else:
+            while self._flying and sum(size for _, size in self._flying) + len(part) > BYTES_IN_FLIGHT:
+                self._flying.popleft()[0].result()
+            self._sending(len(part))
+            future = self._pool.submit(self._upload, number, part)
+            self._flying.append((future, len(part)))
         self._sent.append(future)
-        self._flying.append((future, len(part)))
 
     def wait(self) -> None:
         """Wait until every part has arrived."""
@@ -139,8 +198,11 @@ class Multipart:
                 **self._where, PartNumber=number, Body=data, **checksum.arguments
             )
         checksum.compare(response, f"part {number} of {self._key}")
-        known = {"ChecksumSHA256": response["ChecksumSHA256"]} if self._kind == "sha256" else {}
-        return {"PartNumber": number, "ETag": response["ETag"], **known}
+        return self._record(number, response["ETag"], checksum)
+
+    def _record(self, number: int, etag: str, checksum: Checksum) -> dict[str, Any]:
+        known = {"ChecksumSHA256": checksum.encoded} if self._kind == "sha256" else {}
+        return {"PartNumber": number, "ETag": etag, **known}
 
     def _abort(self) -> None:
         try:
