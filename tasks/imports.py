@@ -56,11 +56,19 @@ def take_in(store: Store, prefix: str, components: Sequence[str], lease: Lease) 
     imported nothing is written, and the next import tries it again.
     """
     outcome: dict[str, Any] = {"imported": [], "known": [], "refused": {}}
+    rows = {row.key for row in catalog.list_artifacts()}
+    deleting = {row.key for row in catalog.list_artifacts(deleting=True)}
     items = {item.key for item in store.list(prefix) if not item.key.startswith(NOT_ARCHIVES)}
     for key in sorted(items):
         if key.endswith(archive.SIDECAR_SUFFIX):
             continue
-        if archive.sidecar_key(key) in items:
+        if key in deleting:
+            outcome["refused"][key] = "its deletion was begun; prune ends it"
+        elif archive.sidecar_key(key) in items:
+            if key not in rows and (
+                record := foreign.record_of(store, key)
+            ):  # of an import that ended before its row
+                catalog.add_artifact(archive.artifact_of(record))
             outcome["known"].append(key)
         elif not foreign.looks_foreign(key):
             outcome["refused"][key] = f"{PurePosixPath(key).name} is no name that the runbook's scripts give"

@@ -110,10 +110,9 @@ def lacking(offsite: OffsiteSettings) -> list[str]:
         if there.get(key) != copy.size or archive.sidecar_key(key) not in there:
             catalog.drop_copy(key)
     artifacts = catalog.list_artifacts()
-    kept = keeps(OFFSITE, _candidates(artifacts, target, there, offsite))
     missing = []
     for artifact in artifacts:
-        if wanted(artifact, offsite) and artifact.key in kept:
+        if wanted(artifact, offsite):
             copied = known.get(artifact.key)
             if there.get(artifact.key) != artifact.size or archive.sidecar_key(artifact.key) not in there:
                 missing.append(artifact.key)
@@ -122,7 +121,8 @@ def lacking(offsite: OffsiteSettings) -> list[str]:
                     catalog.add_copy(_copy_of(artifact))
                 else:
                     missing.append(artifact.key)
-    return missing
+    kept = keeps(OFFSITE, _candidates(artifacts, target, there, offsite))
+    return [key for key in missing if key in kept]
 
 
 def _candidates(

@@ -1,13 +1,14 @@
 """Deletes archives: those that retention does not keep, or one by hand.
 
-The record goes first, then the archive, then its proofs, then the catalogue's rows. Whatever ends in between, nothing looks like a backup
-that is none: an archive without its record is still whole, and the row that is left makes the next run go on.
+First the catalogue says that the archive is no backup any more; then its record goes, the ledger's lines, the archive
+itself, its proofs, and in the end the row. Whatever ends in between, nothing looks like a backup that is none: an
+archive without its record is still whole, and the row that is left makes the next run go on.
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta
 from typing import Any
 
@@ -18,7 +19,7 @@ from tasks.components import postgres_wal
 from tasks.components.postgres_wal import BaseBackup
 from tasks.proofs import drop_proofs, list_orphans
 from tasks.rebuild import scan
-from tasks.retention import Backup, Plan, decide
+from tasks.retention import Backup, Decision, Plan, decide
 from tasks.runs import WORKFLOWS, OnePhase, Work, begin
 from tasks.step import perform
 from workers import catalog
@@ -35,6 +36,7 @@ PRUNE = "prune_stores"
 """Name of the scheduled job."""
 READERS = (Kind.RESTORE, Kind.PLAN, Kind.VERIFY, Kind.COPY)
 IMPORTED = "imported"
+BEGUN = "its deletion was begun"
 BASE = "postgres-base"
 """Kind of the part that is a base backup."""
 
@@ -64,7 +66,7 @@ def delete(name: str, *, confirm: str | None = None, store: str = "store") -> st
         raise Permanent(
             "name the archive that is to be deleted: which one is the latest may change meanwhile"
         )
-    key = archive.resolve(open_store(store_settings(store)), name)
+    key = _find(store, name)
     if key in read_now(store, [key]):
         raise Permanent(f"{key} is read by a run now; try again when that has ended")
     if confirm != name:
@@ -78,6 +80,12 @@ def delete(name: str, *, confirm: str | None = None, store: str = "store") -> st
         raise Permanent("the deletion was not started")
     begin(run)
     return run.id
+
+
+def _find(table: str, name: str) -> str:
+    """Return the key of the archive that ``name`` means, even of one that is half deleted."""
+    begun = [row.key for row in _half_deleted(table) if archive.means(name, row.key)]
+    return begun[0] if begun else archive.resolve(open_store(store_settings(table)), name)
 
 
 @app.task(bind=True, name="tasks.prune.prune_store")
@@ -115,8 +123,9 @@ def survey(table: str) -> Survey:
     """Return what a prune of a store would do now, without doing it."""
     backups, notes = known_archives(table)
     plan = _plan(table, backups, read=read_now(table, [backup.key for backup in backups]))
+    begun = [Decision(row.key, keep=False, reason=BEGUN) for row in _half_deleted(table)]
     bases = {backup.key: list(backup.bases.values()) for backup in backups}
-    return Survey(plan, bases, notes)
+    return Survey(replace(plan, decisions=[*plan.decisions, *begun]), bases, notes)
 
 
 def keeps(table: str, rows: Iterable[Artifact]) -> frozenset[str]:
@@ -179,10 +188,11 @@ def prune_wal(store: Store, table: str, found: Survey, lease: Lease) -> int:
             wal = postgres_wal.list_wal(store, component, system)
             gone = postgres_wal.prunable(wal, kept, before=before)
             lease.check()
+            # First what speaks of it, so that no record ever names WAL that is not there.
+            _drop_collections(store, wal, set(gone))
             for key in gone:
                 store.delete(key)
             count += len(gone)
-            _drop_collections(store, wal, set(gone))
     return count
 
 
@@ -196,15 +206,17 @@ def _drop_collections(store: Store, wal: postgres_wal.Wal, gone: set[str]) -> No
 
 
 def remove(store: Store, table: str, key: str) -> None:
-    """Delete an archive: its record, itself, its proofs, its rows. May be called again after any of them."""
+    """Delete an archive, in the order that stands above. May be called again after any of it."""
+    if table == "store":
+        catalog.begin_deletion(key)
+    else:  # no row is needed to go on: the store's own records say what it holds
+        catalog.drop_copy(key)
     store.delete(archive.sidecar_key(key))
+    catalog.drop_verifications(key, table)
     store.delete(key)
     drop_proofs(store, key)
-    catalog.drop_verifications(key, table)
     if table == "store":
         catalog.drop_artifact(key)
-    else:
-        catalog.drop_copy(key)
 
 
 def known_archives(table: str) -> tuple[list[Backup], list[str]]:
@@ -223,7 +235,7 @@ def known_archives(table: str) -> tuple[list[Backup], list[str]]:
             if archive.is_archive(item.key)
         }
         rows = list(catalog.list_artifacts())
-        unknown = there - {row.key for row in rows}
+        unknown = there - {row.key for row in (*rows, *_half_deleted(table))}
         if unknown:
             notes.append(f"{len(unknown)} archives are not in the catalogue; see: ai-micro-backup rebuild")
         lost = [row.key for row in rows if row.key.startswith(archive.FOLDERS) and row.key not in there]
@@ -235,6 +247,10 @@ def known_archives(table: str) -> tuple[list[Backup], list[str]]:
         rows = [archive.artifact_of(item.archive) for item in found if item.archive]
     standing = catalog.proofs(catalog.list_verifications())
     return [backup_of(row, standing.get((table, row.key))) for row in rows], notes
+
+
+def _half_deleted(table: str) -> Sequence[Artifact]:
+    return catalog.list_artifacts(deleting=True) if table == "store" else ()
 
 
 def backup_of(artifact: Artifact, proof: Proof | None) -> Backup:

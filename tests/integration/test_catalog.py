@@ -443,7 +443,7 @@ def test_a_catalogue_of_a_newer_version_is_refused_and_left_alone(config: Path) 
     database.engine_of.cache_clear()
 
     with pytest.raises(
-        CatalogError, match=r"schema 9999, which a newer version .* up to 0002: install the newer"
+        CatalogError, match=r"schema 9999, which a newer version .* up to 0003: install the newer"
     ):
         catalog.list_runs()
 

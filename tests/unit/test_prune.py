@@ -13,12 +13,13 @@ import pytest
 from tasks import archive
 from tasks.components import postgres_wal
 from tasks.components.postgres_segments import HEADER, LONG_HEADER, Segment
-from tasks.prune import backup_of, policies_of, prune_archives, read_now
+from tasks.imports import take_in
+from tasks.prune import BEGUN, backup_of, delete, policies_of, prune_archives, read_now, survey
 from tests.configured import configured, write_settings
 from workers import catalog, streams
 from workers.catalog import Artifact, Copy, Kind, Verification, database
 from workers.component import Part
-from workers.errors import Permanent
+from workers.errors import NotConfirmed, Permanent
 from workers.locks import Lease
 from workers.sections import RetentionPolicy
 from workers.settings import Settings
@@ -254,15 +255,40 @@ def test_a_copy_that_its_lock_keeps_does_not_keep_others(
         row.details["parts"][0]["component"] = "settings"
         row.details["parts"][0]["kind"] = "files-tar"
         catalog.add_artifact(row)
-    delete = type(store).delete
+    real = type(store).delete
 
     def locked(self: Any, key: str) -> None:
         if key == rows[1].key:
             raise Permanent("locked")
-        delete(self, key)
+        real(self, key)
 
     monkeypatch.setattr(type(store), "delete", locked)
     settings.retention.components["settings"] = RetentionPolicy(last=1)
     with pytest.raises(Permanent, match=f"not deleted: {rows[1].key}: locked"):
         prune_archives("store", cast("Lease", Held()))
-    assert [row.key for row in catalog.list_artifacts()] == [rows[2].key, rows[1].key]
+    assert [row.key for row in catalog.list_artifacts()] == [rows[2].key], (
+        "the locked one is no backup any more"
+    )
+    assert [(one.key, one.reason) for one in survey("store").plan.dropped] == [(rows[1].key, BEGUN)]
+
+    monkeypatch.setattr(type(store), "delete", real)
+    assert prune_archives("store", cast("Lease", Held()))["dropped"] == [rows[1].key]
+    assert [item.key for item in store.list("components/") if item.key.endswith(".gz")] == [rows[2].key]
+    assert catalog.list_artifacts(deleting=True) == []
+
+
+def test_what_is_half_deleted_can_be_named_to_end_that_and_is_not_imported_again(settings: Settings) -> None:
+    store, key = open_store(settings.store), "files/files_backup_20250930_020000.tar.gz"
+    store.put(key, [b"half deleted"])
+    catalog.add_artifact(artifact(key, ("keys", "t"), job="import"))
+    catalog.begin_deletion(key)
+
+    taken_in = take_in(store, "files/", (), cast("Lease", Held()))
+    assert taken_in == {
+        "imported": [],
+        "known": [],
+        "refused": {key: "its deletion was begun; prune ends it"},
+    }
+    store.delete(key)
+    with pytest.raises(NotConfirmed, match=f"retention: {BEGUN}"):
+        delete.run("files_backup_20250930_020000")

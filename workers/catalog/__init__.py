@@ -1,6 +1,6 @@
 """The catalogue: runs, their steps, and the artifacts they made. Only control workers write it; times are UTC."""
 
-from workers.catalog.artifacts import add_artifact, drop_artifact, list_artifacts
+from workers.catalog.artifacts import add_artifact, begin_deletion, drop_artifact, list_artifacts
 from workers.catalog.copies import add_copy, drop_copy, list_copies
 from workers.catalog.database import session
 from workers.catalog.ledger import (
@@ -54,6 +54,7 @@ __all__ = [
     "add_artifact",
     "add_copy",
     "add_verification",
+    "begin_deletion",
     "drop_artifact",
     "drop_copy",
     "drop_verifications",

@@ -6,7 +6,7 @@ from datetime import UTC, datetime
 from enum import StrEnum
 from typing import Any
 
-from sqlalchemy import JSON, BigInteger, Column, DateTime, Enum, TypeDecorator, UniqueConstraint
+from sqlalchemy import JSON, BigInteger, Column, DateTime, Enum, TypeDecorator, UniqueConstraint, false
 from sqlmodel import Field, SQLModel
 
 RUN_ID_FORMAT = "%Y%m%d_%H%M%S"
@@ -121,6 +121,8 @@ class Artifact(SQLModel, table=True):
     size: int = Field(sa_type=BigInteger)
     sha256: str
     details: dict[str, Any] = Field(sa_column=Column(JSON, nullable=False))
+    deleting: bool = Field(default=False, sa_column_kwargs={"server_default": false()})
+    """Its deletion was begun: it is no backup any more, and the next prune ends what an earlier one could not."""
 
 
 class Verification(SQLModel, table=True):

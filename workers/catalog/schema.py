@@ -9,7 +9,7 @@ from sqlalchemy import Connection, Engine, inspect, text
 
 from workers.errors import CatalogError
 
-NEWEST = "0002"
+NEWEST = "0003"
 """The version that this code reads and writes: the revision of the last module of ``migrations.versions``."""
 BEFORE_VERSIONS = "0001"
 """What a catalogue with tables, but without a version is."""
