@@ -369,6 +369,25 @@ def test_sweep_ends_what_a_killed_worker_left(place: Place) -> None:
         )
 
 
+def test_sweep_ends_though_readers_have_stalled(place: Place) -> None:
+    """What a full store holds up must not hold up the end of a backup: neither the sweep nor, then, the reader."""
+    readers = [place.runtime.spawn(["sh", "-c", "echo started; exec cat /dev/zero"]).output() for _ in range(2)]
+    writer = place.runtime.spawn(["cat"])
+    assert all(next(reader).startswith(b"started\n") for reader in readers)
+    sweeper = threading.Thread(target=sweep, args=(place.runtime, place.component), daemon=True)
+    sweeper.start()
+    sweeper.join(30)
+    assert not sweeper.is_alive()
+    for reader in readers:
+        with pytest.raises((CommandFailed, RuntimeUnavailable)):
+            list(reader)
+    with pytest.raises(BrokenPipeError):
+        for _ in range(1000):
+            writer.write(bytes(MEGABYTE))
+    writer.kill()
+    assert run(place.runtime, ["echo", "next"]) == b"next\n"
+
+
 def test_sweep_spares_other_components(place: Place) -> None:
     seconds = tag()
     process = place.runtime.spawn(["sh", "-c", f"echo started; sleep {seconds}"])

@@ -72,8 +72,8 @@ class Runtime(Protocol):
     def write_tree(self, folder: PurePosixPath, chunks: Iterable[bytes]) -> None:
         """Unpack a tar stream below the existing ``folder``, with owners (where permitted), modes and times."""
 
-    def remove_leftovers(self) -> None:
-        """Remove what a worker that died left for this component beside programs; see `sweep`."""
+    def remove_leftovers(self, component: str) -> None:
+        """Remove what is left of a component beside programs, and what would hold up the end of these; see `sweep`."""
 
 
 class Service(Protocol):
@@ -214,11 +214,11 @@ def marker(component: str, config: Path | None = None) -> str:
 
 
 def sweep(runtime: Runtime, component: str) -> None:
-    """End the programs that a worker which died left running for ``component``.
+    """End the programs that run for ``component``, this process's own and those that a worker which died left.
 
-    Only the holder of the component's lease may call this: what carries the marker and is not its own is an orphan.
+    Only the holder of the component's lease may call this. It ends even while a reader of such a program has stalled.
     """
-    runtime.remove_leftovers()
+    runtime.remove_leftovers(component)
     run(runtime, ["sh", "-c", SWEEP, "sh", f"{MARKER}={marker(component)}"])
 
 

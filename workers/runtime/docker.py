@@ -13,7 +13,7 @@ from typing import Any
 
 from workers.errors import CommandFailed, RuntimeUnavailable
 from workers.runtime import MARKER, Process, marker, run, stream
-from workers.runtime.docker_process import HELPER_LABEL, DockerProcess
+from workers.runtime.docker_process import HELPER_LABEL, DockerProcess, kill_own
 from workers.runtime.engine import ROOT, engine, inspect, read_archive, remove, translated
 from workers.runtime.tree import ENVIRONMENT, edit, forgiving, pack, unpack
 
@@ -76,10 +76,11 @@ class DockerRuntime:
                 raise failures[0] from error
             raise
 
-    def remove_leftovers(self) -> None:
-        """Remove the helper containers that a worker which died left for this component."""
+    def remove_leftovers(self, component: str) -> None:
+        """Kill what this process runs for a component, and remove the helpers of a worker that died."""
+        kill_own(marker(component))
         with translated(self._name):
-            filters = {"label": f"{HELPER_LABEL}={self._component}"}
+            filters = {"label": f"{HELPER_LABEL}={component}"}
             helpers = [found["Id"] for found in engine().containers(all=True, filters=filters)]
         for helper in helpers:
             remove(helper)

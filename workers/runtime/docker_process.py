@@ -7,11 +7,13 @@ import secrets
 import socket
 import threading
 import time
+import weakref
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from workers.errors import BackupError, CommandFailed, RuntimeUnavailable
-from workers.runtime import SWEEP
+from workers.runtime import MARKER, SWEEP
 from workers.runtime.engine import (
     ROOT,
     STDERR_TAIL,
@@ -38,13 +40,15 @@ class DockerProcess:
     def __init__(
         self, name: str, target: Mapping[str, Any], argv: Sequence[str], env: Mapping[str, str]
     ) -> None:
-        self.program = argv[0]
+        self.program, self.marker = argv[0], env[MARKER]
         self._name, self._target, self._token = name, target, secrets.token_hex(16)
         self._helper = HELPER_LABEL in (target["Config"]["Labels"] or {})
         self._ended = self._killed = self._reading = False
         self._kills = threading.Lock()
         self._response: Any = None
         self._exec = ""
+        with _own_lock:
+            _own.add(self)
         command = ["sh", "-c", GUARD, "sh", *argv]
         try:
             with translated(name):
@@ -187,6 +191,23 @@ class DockerProcess:
                 return False
             raise
         return bool(state["Running"] and state["StartedAt"] == self._target["State"]["StartedAt"])
+
+
+_own: weakref.WeakSet[DockerProcess] = weakref.WeakSet()
+_own_lock = threading.Lock()
+
+
+def kill_own(marker: str) -> None:
+    """Kill the programs that this process itself has started with this value of `MARKER`, and let go of their output.
+
+    Killed in any other way, a program whose reader has stalled holds up the engine, which then reports the end of no
+    program of that container until the reader goes on (engine 20.10): not that of a sweep, either.
+    """
+    with _own_lock:
+        found = [process for process in _own if process.marker == marker]
+    if found:
+        with ThreadPoolExecutor(len(found), thread_name_prefix="kill") as pool:
+            list(pool.map(DockerProcess.kill, found))
 
 
 def _mounts(container: Mapping[str, Any]) -> str:

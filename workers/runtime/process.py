@@ -116,8 +116,8 @@ class ProcessRuntime:
     def write_tree(self, folder: PurePosixPath, chunks: Iterable[bytes]) -> None:
         run(self, unpack(folder, owners=os.geteuid() == 0), chunks=chunks, env=ENVIRONMENT)
 
-    def remove_leftovers(self) -> None:
-        """Nothing: a worker leaves only programs on its host."""
+    def remove_leftovers(self, component: str) -> None:
+        """Nothing: a worker leaves only programs on its host, and none of them can hold up a sweep."""
 
 
 class ProcessService:
