@@ -186,11 +186,15 @@ class Component(RedisServer):
             self.sh(BEGIN, staging)
             self.service.stop()
             self.sh(SWAP, staging, *staged.names)
-        self.start_service()
         try:
+            self.start_service()
             info = self.loaded()
-        except ComparisonError as error:
-            raise ComparisonError(f"{error}{self._reason(restore)}") from error
+        except (ComparisonError, CommandFailed, RuntimeUnavailable) as error:
+            if reason := self._reason(restore):
+                raise ComparisonError(
+                    f"{self.name}: the server did not come up: {error}; {reason}"
+                ) from error
+            raise
         if difference := staged.difference(info, just_restored="swapped" not in state):
             raise ComparisonError(f"{self.name}: the server loaded {difference}")
 
@@ -212,8 +216,10 @@ class Component(RedisServer):
         """Say why a scratch server cannot load the backup either; nothing when it can."""
         try:
             self.rehearse(restore)
-        except BackupError as error:
-            return f"; {error}"
+        except (IntegrityError, ComparisonError) as error:
+            return str(error)
+        except BackupError:
+            pass  # that no scratch server can be had says nothing about the backup
         return ""
 
     def check(self, part: Part, chunks: Iterator[bytes]) -> None:

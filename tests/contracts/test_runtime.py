@@ -371,7 +371,9 @@ def test_sweep_ends_what_a_killed_worker_left(place: Place) -> None:
 
 def test_sweep_ends_though_readers_have_stalled(place: Place) -> None:
     """What a full store holds up must not hold up the end of a backup: neither the sweep nor, then, the reader."""
-    readers = [place.runtime.spawn(["sh", "-c", "echo started; exec cat /dev/zero"]).output() for _ in range(2)]
+    readers = [
+        place.runtime.spawn(["sh", "-c", "echo started; exec cat /dev/zero"]).output() for _ in range(2)
+    ]
     writer = place.runtime.spawn(["cat"])
     assert all(next(reader).startswith(b"started\n") for reader in readers)
     sweeper = threading.Thread(target=sweep, args=(place.runtime, place.component), daemon=True)
