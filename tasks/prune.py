@@ -16,6 +16,7 @@ from celery import Task
 
 from tasks import archive
 from tasks.components import postgres_wal
+from tasks.components.postgres_incremental import unneeded_manifests
 from tasks.components.postgres_wal import BaseBackup
 from tasks.proofs import drop_proofs, list_orphans
 from tasks.rebuild import scan
@@ -60,7 +61,7 @@ def delete(name: str, *, confirm: str | None = None, store: str = "store") -> st
     """Start deleting the archive ``name`` from the store ``store`` or ``offsite`` and return the run's id.
 
     ``confirm`` must be the archive's name, as given. Raises ``NotConfirmed`` with what retention says of it,
-    ``ObjectNotFound``, and ``Permanent`` while a run reads it.
+    ``ObjectNotFound``, and ``Permanent`` while a run reads it, or for one that another archive needs.
     """
     if name == archive.LATEST:
         raise Permanent(
@@ -69,6 +70,8 @@ def delete(name: str, *, confirm: str | None = None, store: str = "store") -> st
     key = _find(store, name)
     if key in read_now(store, [key]):
         raise Permanent(f"{key} is read by a run now; try again when that has ended")
+    if needing := [backup.key for backup in known_archives(store)[0] if key in backup.needs]:
+        raise Permanent(f"{key} is needed by {', '.join(needing)}; delete first what needs it")
     if confirm != name:
         reason = {decision.key: decision.reason for decision in survey(store).plan.decisions}.get(key)
         raise NotConfirmed(
@@ -182,6 +185,7 @@ def prune_wal(store: Store, table: str, found: Survey, lease: Lease) -> int:
     settings = get_settings()
     before = catalog.now() - timedelta(days=retention_of(settings, table).wal_days)
     kept = [base for key in found.plan.kept for base in found.bases.get(key, ())]
+    manifests = {base.manifest_sha256 for base in kept}
     count = 0
     for component in settings.components:
         for system in postgres_wal.list_systems(store, component):
@@ -193,6 +197,8 @@ def prune_wal(store: Store, table: str, found: Survey, lease: Lease) -> int:
             for key in gone:
                 store.delete(key)
             count += len(gone)
+            for key in list(unneeded_manifests(store, component, system, manifests)):
+                store.delete(key)
     return count
 
 
@@ -299,6 +305,8 @@ def read_now(table: str, keys: Iterable[str]) -> set[str]:
         if run.kind in READERS and (run.store == table or run.kind is Kind.COPY):
             named = {run.archive} if run.archive else set(run.outcome.get("copies", keys))
             read |= named & set(keys)
+        if run.kind is Kind.BACKUP and table == "store":  # one that will need its parents
+            read |= {*(run.options.get("parent") or {}).get("needs", ())} & set(keys)
     return read
 
 

@@ -142,12 +142,16 @@ def clusters(store: Store, component: str, artifacts: Iterable[Artifact]) -> lis
 
 
 def base_backups(component: str, artifacts: Iterable[Artifact]) -> list[BaseBackup]:
-    """Return the base backups of a component among archives, the oldest first."""
+    """Return the base backups of a component among archives, the oldest first; of incremental ones, those with all they need."""
+    artifacts = list(artifacts)
+    there = {artifact.key for artifact in artifacts}
     found = [
         BaseBackup.of(artifact.key, part["holds"])
         for artifact in artifacts
         for part in artifact.details["parts"]
-        if part["component"] == component and part["kind"] == BASE
+        if part["component"] == component
+        and part["kind"] == BASE
+        and there.issuperset(part["holds"].get("needs", ()))
     ]
     return sorted(found, key=lambda base: base.finished)
 

@@ -10,13 +10,14 @@ component whose server loads it in ``swap``, before the services start and go on
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from itertools import groupby
 from typing import Any
 
 from celery import Task
 
 from tasks import archive
+from tasks.chain import archives_of, parts_of, reader
 from tasks.runs import WORKFLOWS, Work, begin
 from tasks.step import perform
 from tasks.verify import make_way_for, note_restored
@@ -24,7 +25,7 @@ from tasks.wal import require_no_collection
 from workers import catalog
 from workers.app import app
 from workers.catalog import Kind, Run, Step
-from workers.component import Part, Restore, check_options
+from workers.component import Restore, check_options
 from workers.errors import BackupError, NotConfirmed, Permanent, RuntimeUnavailable
 from workers.hosts import CONTROL, queue_of
 from workers.locks import Lease
@@ -119,9 +120,10 @@ def verify_archive(self: Task[Any, Any], run_id: str, key: str, table: str) -> d
     def work(_lease: Lease) -> dict[str, Any]:
         require_no_collection(catalog.get_run(run_id).components)
         progress = Progress(self, "archive")
+        store = _store(table)
         with progress.reporting():
-            metadata = archive.verify(_store(table), key, progress=progress)
-        return {"parts": len(metadata.parts)}
+            read = [archive.verify(store, held, progress=progress) for held in archives_of(store, key)]
+        return {"parts": sum(len(metadata.parts) for metadata in read)}
 
     return perform(self, f"run-{run_id}", work)
 
@@ -135,10 +137,8 @@ def inspect_component(
 
     def work(_lease: Lease) -> dict[str, Any]:
         try:
-            return {
-                "lines": component.overwrites(_parts(_store(table), key, name), options),
-                "missing": False,
-            }
+            parts = [part for _, part in parts_of(_store(table), key, name)]
+            return {"lines": component.overwrites(parts, options), "missing": False}
         except RuntimeUnavailable as error:
             return {"lines": [f"{name}: not there now ({error})"], "missing": True}
 
@@ -159,13 +159,12 @@ def restore_step(
     component = get_settings().components[name]
     progress = Progress(self, name)
 
-    def read(part: Part) -> Iterator[bytes]:
-        return progress.add(part.name, part.plain_size).through(archive.read_part(_store(table), key, part))
-
     def work(lease: Lease) -> dict[str, Any]:
         sweep(component.runtime, name)
         store = _store(table)
-        restore = Restore(run_id, _parts(store, key, name), read, options, store)
+        parts = parts_of(store, key, name)
+        read = reader(store, parts, progress)
+        restore = Restore(run_id, [part for _, part in parts], read, options, store)
         for action in actions:
             with progress.reporting():
                 {
@@ -193,11 +192,6 @@ def recreate_component(self: Task[Any, Any], name: str) -> dict[str, Any]:
 
 def _store(table: str) -> Store:
     return open_store(get_settings().store_of(table))
-
-
-def _parts(store: Store, key: str, component: str) -> list[Part]:
-    metadata = archive.read_metadata(store, key)
-    return [part for part in metadata.parts if part.component == component]
 
 
 class PlanWorkflow:

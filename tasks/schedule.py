@@ -11,16 +11,17 @@ from celery.schedules import crontab
 from tasks.backup import FULL_SYSTEM, backup_full_system
 from tasks.offsite import OFFSITE, copy_offsite
 from tasks.prune import PRUNE, prune
+from tasks.recoverable import base_backups
 from tasks.verify import REHEARSE, VERIFY, verify_archive
-from tasks.wal import BASE_OPTIONS, COLLECT_WAL, collect_wal, wal_components
+from tasks.wal import COLLECT_WAL, collect_wal, wal_components
 from workers import catalog
 from workers.app import app
 from workers.catalog import State, now
 from workers.sections import parse_cron
 from workers.settings import Settings, get_settings
 
-BASE = "base"
-"""Name of the scheduled job that makes base backups."""
+BASE, INCREMENTAL = "base", "incremental"
+"""Names of the scheduled jobs that make full base backups, and incremental ones."""
 A_YEAR_OF_MINUTES = 366 * 24 * 60
 CLOCK_SKEW = timedelta(seconds=30)
 """How far the clock of this host may be behind beat's; less than the minute that schedules are made of."""
@@ -44,20 +45,40 @@ def _starter(job: str, settings: Settings) -> Callable[..., str | None]:
     starters: dict[str, Callable[..., str | None]] = {
         FULL_SYSTEM: backup_full_system,
         COLLECT_WAL: collect_wal,
-        BASE: partial(_start_base_backups, list(wal_components(settings))),
+        BASE: partial(_start_base_backups, list(wal_components(settings)), "full"),
+        INCREMENTAL: partial(_start_base_backups, _incremental(settings), "incremental"),
         OFFSITE: copy_offsite,
         PRUNE: prune,
         VERIFY: partial(verify_archive, level="structure"),
-        REHEARSE: partial(verify_archive, level="restore"),
+        REHEARSE: _start_rehearsals,
     }
     return starters.get(job) or partial(backup_full_system, [job])
 
 
-def _start_base_backups(components: Sequence[str], *, job: str, scheduled_at: str) -> str | None:
+def _incremental(settings: Settings) -> list[str]:
+    return [name for name, component in wal_components(settings).items() if component.incremental]
+
+
+def _start_base_backups(components: Sequence[str], base: str, *, job: str, scheduled_at: str) -> str | None:
     """Start a base backup of each component, and return the id of one of their runs."""
     started = [
-        backup_full_system([name], options=BASE_OPTIONS, job=f"{name}-{job}", scheduled_at=scheduled_at)
+        backup_full_system([name], options={"base": base}, job=f"{name}-{job}", scheduled_at=scheduled_at)
         for name in components
+    ]
+    return next((run_id for run_id in started if run_id), None)
+
+
+def _start_rehearsals(*, job: str, scheduled_at: str) -> str | None:
+    """Start restoring the newest full archive, and the newest base backup of each component, in scratch places.
+
+    Returns the id of one of their runs.
+    """
+    newest = {name: base_backups(name, catalog.list_artifacts()) for name in wal_components(get_settings())}
+    started = [verify_archive(level="restore", job=job, scheduled_at=scheduled_at)]
+    started += [
+        verify_archive(found[-1].archive, level="restore", job=f"{name}-{job}", scheduled_at=scheduled_at)
+        for name, found in newest.items()
+        if found
     ]
     return next((run_id for run_id in started if run_id), None)
 
@@ -96,6 +117,8 @@ def cron_lines(settings: Settings) -> dict[str, str]:
     lines |= {VERIFY: schedule.verify, REHEARSE: schedule.rehearse}
     if wal_components(settings):
         lines |= {COLLECT_WAL: schedule.wal, BASE: schedule.base}
+    if _incremental(settings):
+        lines[INCREMENTAL] = schedule.incremental
     if settings.offsite:
         lines[OFFSITE] = schedule.offsite
     return {job: line for job, line in lines.items() if line}

@@ -8,20 +8,21 @@ part by its format, ``restore`` brings each component back in a scratch place an
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from datetime import datetime
 from typing import Any
 
 from celery import Task
 
 from tasks import archive, proofs
+from tasks.chain import archives_of, parts_of, reader
 from tasks.runs import WORKFLOWS, Work, begin
 from tasks.step import perform
 from tasks.watchdog import end_run
 from workers import catalog
 from workers.app import app
 from workers.catalog import LEVELS, Kind, Run, State, Step
-from workers.component import Part, Restore, check_options
+from workers.component import Restore, check_options
 from workers.errors import BackupError, ComparisonError, IntegrityError, ObjectNotFound, Permanent
 from workers.hosts import CONTROL, queue_of
 from workers.locks import Lease
@@ -134,15 +135,13 @@ def verify_component(
     def work(lease: Lease) -> dict[str, Any]:
         sweep(component.runtime, name)
         store, progress = open_store(get_settings().store_of(table)), Progress(self, name)
-        parts = [part for part in archive.read_metadata(store, key).parts if part.component == name]
-
-        def read(part: Part) -> Iterator[bytes]:
-            return progress.add(part.name, part.plain_size).through(archive.read_part(store, key, part))
-
         with progress.reporting():
             if level == "restore":
-                found = component.rehearse(Restore(run_id, parts, read, store=store))
+                chain = parts_of(store, key, name)
+                read = reader(store, chain, progress)
+                found = component.rehearse(Restore(run_id, [part for _, part in chain], read, store=store))
             else:
+                parts = [part for part in archive.read_metadata(store, key).parts if part.component == name]
                 for part, chunks in archive.read_parts(store, key, parts):
                     plain = progress.add(part.name, part.plain_size).through(chunks)
                     component.check(part, plain)
@@ -166,9 +165,10 @@ def _judged(work: Callable[[Lease], dict[str, Any]], lease: Lease) -> dict[str, 
 def compare_object(store: Store, key: str, *, progress: Progress | None) -> dict[str, Any]:
     """Compare an archive with the record beside it: its size, and with ``progress`` the digest of all its bytes.
 
-    Needs no private key. Raises ``IntegrityError``, ``ObjectNotFound``.
+    The archives that it needs must be there. Needs no private key. Raises ``IntegrityError``, ``ObjectNotFound``.
     """
     record = archive.read_sidecar(store, key)
+    archives_of(store, key)
     size = store.stat(key).size
     if size != record.size:
         raise IntegrityError(f"{key} has {size} bytes, recorded were {record.size}")

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from types import MappingProxyType
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from urllib.parse import quote
 
 from pydantic import Field, ValidationError
@@ -24,6 +24,9 @@ from workers.runtime import Runtime, Service, open_runtime, open_service
 from workers.secret import Secret, Strict
 from workers.storage import Store
 from workers.streams import Written
+
+if TYPE_CHECKING:
+    from workers.catalog import Artifact
 
 KIND_PACKAGE = "tasks.components"
 DECRYPT = "age --decrypt --identity <file of the private key>"
@@ -173,6 +176,10 @@ class BaseComponent(Location):
     @abstractmethod
     def sources(self, options: Mapping[str, Any] = NO_OPTIONS) -> list[Source]:
         """Open what there is to back up, of what `backup_options` ask for. Nothing is left open when this raises."""
+
+    def completed(self, options: Mapping[str, Any], artifacts: Sequence[Artifact]) -> Mapping[str, Any]:
+        """Return the options of a backup with what it takes from earlier ones: ``artifacts``, of which none is known to be damaged."""
+        return options
 
     def content_digest(self) -> str:
         """Return what the ``content_sha256`` of its part would be now; for ``watched`` components."""

@@ -237,7 +237,9 @@ class ScheduleSettings(Strict):
     wal: Cron | None = "0 */6 * * *"
     """When WAL is collected, where there is a ``wal_archive``."""
     base: Cron | None = "0 3 * * 0"
-    """When a base backup is made, where there is a ``wal_archive``."""
+    """When a full base backup is made, where there is a ``wal_archive``."""
+    incremental: Cron | None = "0 3 * * 1-6"
+    """When an incremental one is made, where ``incremental`` is on as well."""
     prune: Cron | None = "30 4 * * *"
     """When what retention does not keep is deleted."""
     offsite: Cron | None = "0 4 * * *"
@@ -245,7 +247,7 @@ class ScheduleSettings(Strict):
     verify: Cron | None = "0 5 * * *"
     """When the newest full archive is read and each part of it checked by its format."""
     rehearse: Cron | None = "0 6 * * 0"
-    """When it is restored in scratch places and compared."""
+    """When it is restored in scratch places and compared, and the newest base backup of each PostgreSQL server as well."""
     config_watch_seconds: float = Field(default=300, ge=1)
     """How often each ``config`` component is looked at for changes."""
     watchdog_seconds: float = Field(default=30, ge=1)

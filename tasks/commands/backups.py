@@ -17,7 +17,10 @@ def backup(
     *,
     base: Annotated[
         str | None,
-        typer.Option(help="full: a base backup of one PostgreSQL server, for point-in-time recovery."),
+        typer.Option(
+            help="full: a base backup of one PostgreSQL server, for point-in-time recovery; incremental: of what "
+            "changed since the newest one."
+        ),
     ] = None,
     database: Annotated[
         list[str] | None, typer.Option(help="Only this database of a PostgreSQL component; may be repeated.")

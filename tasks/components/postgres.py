@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import PurePosixPath
 from typing import Any, ClassVar, Literal
 
@@ -18,14 +19,16 @@ from pydantic import Field
 from tasks.components.postgres_base import BASE, base_by_hand, base_source, check_base
 from tasks.components.postgres_cluster import IDENTIFIER
 from tasks.components.postgres_dump import DUMP, GLOBALS, PLAIN, check_dump, dump, dump_globals, expected_size
+from tasks.components.postgres_incremental import newest_parent
 from tasks.components.postgres_options import BackupOptions, RestoreOptions
 from tasks.components.postgres_plain import dump_all
-from tasks.components.postgres_preflight import NO_WAL, preflight_server, preflight_wal
+from tasks.components.postgres_preflight import NO_WAL, preflight_incremental, preflight_server, preflight_wal
 from tasks.components.postgres_recovery import Recovery, is_base
 from tasks.components.postgres_restore import DumpRestore, holds_dumps
 from tasks.components.postgres_script import read_script
 from tasks.components.postgres_swap import OWN_DATABASES
 from tasks.components.psql import OPTIONS, Server, Session
+from workers.catalog import Artifact
 from workers.component import (
     NO_OPTIONS,
     BaseComponent,
@@ -73,6 +76,9 @@ class Component(BaseComponent):
     wal_archive: PurePosixPath | None = None
     """The folder, where the server is, into which its ``archive_command`` or ``pg_receivewal`` puts WAL. ``None``: WAL is not
     collected."""
+    incremental: bool = False
+    """Whether base backups between the full ones are made, of what changed (``schedule.incremental``); PostgreSQL 17 and later,
+    with ``summarize_wal`` on."""
     wal_timeout: float = Field(default=120, gt=0)
     """Seconds that a collection waits for the server to archive its newest segment."""
     wal_slot: str | None = Field(default=None, pattern=r"^[a-z0-9_]{1,63}$")
@@ -91,7 +97,7 @@ class Component(BaseComponent):
         asked = BackupOptions.model_validate(dict(options))
         server = self.server(self.maintenance_database)
         if asked.base:
-            return [base_source(server, self.name, self.maintenance_database)]
+            return [base_source(server, self.name, self.maintenance_database, asked)]
         with server.session(self.maintenance_database) as session:
             there = self._there(session)
             names = self._names(there, asked.databases or self.databases)
@@ -117,6 +123,13 @@ class Component(BaseComponent):
                 )
             )
         return sources
+
+    def completed(self, options: Mapping[str, Any], artifacts: Sequence[Artifact]) -> Mapping[str, Any]:
+        """Name the parent of an incremental base backup: the newest one that all archives are there of."""
+        if options.get("base") != "incremental":
+            return options
+        parent = newest_parent(self.name, BASE, artifacts)
+        return {**options, "parent": parent.model_dump(mode="json") if parent else None}
 
     def _there(self, session: Session) -> dict[str, bool]:
         """Return the databases that can be connected to, and whether they are among all that a user made."""
@@ -195,11 +208,13 @@ class Component(BaseComponent):
     def rehearse(self, restore: Restore) -> dict[str, Any]:
         """Restore every database beside the live ones, compare, and drop them again; return what was compared.
 
-        Roles that are missing exist meanwhile, without login or rights, so that owners resolve.
+        Roles that are missing exist meanwhile, without login or rights, so that owners resolve. A base backup is recovered in a
+        scratch folder beside the live data, which has one name, so that what a killed rehearsal left is found.
         """
+        if is_base(restore.parts):
+            return Recovery(self, replace(restore, run_id="rehearsal")).rehearse()
         way = self._way(restore)
-        if isinstance(way, Recovery):
-            return super().rehearse(restore)
+        assert isinstance(way, DumpRestore)  # noqa: S101
         try:
             return {"databases": way.stage(scratch=True)}
         finally:
@@ -244,6 +259,7 @@ class Component(BaseComponent):
         server = self.wal_server()
         with server.session(self.maintenance_database) as session:
             found = preflight_server(session, self.wal_slot)
+            found += preflight_incremental(session) if self.incremental else []
             if self.wal_archive is None:
                 return [*found, NO_WAL]
             return found + preflight_wal(session, server.runtime, str(self.wal_archive), self.wal_slot)

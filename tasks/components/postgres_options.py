@@ -7,6 +7,7 @@ from typing import Literal, Self
 
 from pydantic import AwareDatetime, Field, field_validator, model_validator
 
+from tasks.components.postgres_incremental import Parent
 from tasks.components.postgres_segments import parse_lsn
 from workers.component import Options
 
@@ -14,8 +15,11 @@ from workers.component import Options
 class BackupOptions(Options):
     """What to back up, and in which form."""
 
-    base: Literal["full"] | None = None
-    """A base backup of the whole cluster, from which it can be recovered to a point in time, instead of dumps."""
+    base: Literal["full", "incremental"] | None = None
+    """A base backup of the whole cluster, from which it can be recovered to a point in time, instead of dumps; ``incremental``:
+    of what changed since the newest one (PostgreSQL 17 and later)."""
+    parent: Parent | None = None
+    """The base backup that an incremental one is based on; found by itself."""
     databases: tuple[str, ...] | None = Field(default=None, min_length=1)
     """Names; by default those of the settings."""
     format: Literal["custom", "dumpall"] = "custom"

@@ -6,6 +6,7 @@ import shlex
 from typing import Any
 
 from tasks.components.postgres_archiving import Archiver, archive_command, slot_troubles
+from tasks.components.postgres_incremental import MAJOR
 from tasks.components.psql import Session, literal
 from workers.component import Finding
 from workers.errors import CommandFailed
@@ -25,6 +26,7 @@ SELECT r.rolsuper AS superuser, pg_is_in_recovery() AS standby, current_user AS 
        coalesce(current_setting('archive_library', true), '') AS archive_library,
        current_setting('max_wal_senders')::int AS max_wal_senders,
        current_setting('max_slot_wal_keep_size') AS max_slot_wal_keep_size,
+       coalesce(current_setting('summarize_wal', true), '') AS summarize_wal,
        current_setting('data_directory') AS data_directory,
        (SELECT string_agg(slot_name, ', ') FROM pg_replication_slots WHERE NOT temporary) AS slots
 FROM pg_roles r WHERE r.rolname = current_user
@@ -59,6 +61,17 @@ def preflight_server(session: Session, slot: str | None) -> list[Finding]:
             )
         )
     return found
+
+
+def preflight_incremental(session: Session) -> list[Finding]:
+    """Return what to change so that the server makes incremental base backups."""
+    now = session.rows(SERVER)[0]["summarize_wal"]
+    if not now:
+        what = f"incremental base backups need PostgreSQL {MAJOR} or later"
+        return [Finding(what=what, change="remove incremental from the settings of this component")]
+    if now == "off":
+        return [_setting("summarize_wal", "off, and incremental base backups need it", "on")]
+    return []
 
 
 def preflight_wal(session: Session, runtime: Runtime, folder: str, slot: str | None) -> list[Finding]:

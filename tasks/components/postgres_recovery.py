@@ -12,17 +12,19 @@ import json
 import re
 import shlex
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from tasks.components.postgres_base import BASE, check_base, checked
+from tasks.components.postgres_base import BASE, check_base, check_combined, checked
 from tasks.components.postgres_cluster import IDENTIFIER, require_same_cluster
 from tasks.components.postgres_options import RestoreOptions
 from tasks.components.postgres_recovery_scripts import (
     ARRANGE,
+    CHECK_BLOCKS,
+    COMBINE,
     FETCH,
     FIND_PROGRAMS,
     FINISH,
@@ -74,8 +76,14 @@ class Recovery:
         return RestoreOptions.model_validate(dict(self.restore.options))
 
     @property
+    def chain(self) -> list[Part]:
+        """The base backup, and after it the increments that lead to the last of them."""
+        return [part for part in self.restore.parts if part.kind == BASE]
+
+    @property
     def part(self) -> Part:
-        return next(part for part in self.restore.parts if part.kind == BASE)
+        """The base backup that is recovered from, of the newest state."""
+        return self.chain[-1]
 
     @property
     def live(self) -> PurePosixPath:
@@ -117,16 +125,7 @@ class Recovery:
             self._require_possible(programs)
         if not self.tree.prepare(self.restore):
             self._sh(MAKE, self.staging)
-            data = self.staging / "new/data"
-            chunks = checked(self.restore.read(self.part), self.part.holds)
-            self.component.runtime.write_tree(data, chunks)
-            names = self._sh('ls -A "$1"', data).splitlines()
-            try:
-                check_base(self.component.runtime.read_tree(data, members=names), self.part.holds)
-            except IntegrityError as error:
-                raise ComparisonError(
-                    f"{self.part.name} is not on disk as it was recorded: {error}"
-                ) from error
+            self._unpack(programs)
             reached = self._recover(programs)
             self._sh(FINISH, self.live, self.staging, "scratch" if self.options.folder else "live")
             self._note("reached.json", reached.model_dump_json())
@@ -135,6 +134,27 @@ class Recovery:
         if self.options.folder:
             start = f"pg_ctl -D {self.options.folder} -o '-p 5433' start"
             self.restore.found["start"] = f"as the server's user: {programs}/{start}"
+
+    def rehearse(self) -> dict[str, Any]:
+        """Recover it to its own end beside what is live, compare, read every block, and remove it; return what was compared."""
+        programs = self._programs()
+        self.tree.revert(self.restore)  # what an earlier one left that was killed
+        try:
+            self._require_room()
+            self.tree.prepare(self.restore)
+            self._sh(MAKE, self.staging)
+            self._unpack(programs)
+            reached = self._recover(programs)
+            if lost := set(self.part.holds["databases"]) - set(reached.databases):
+                raise ComparisonError(f"{self.part.name}: recovered without {', '.join(sorted(lost))}")
+            try:
+                blocks = self._sh(CHECK_BLOCKS, programs, self.staging / "new/data").strip()
+            except CommandFailed as error:
+                raise ComparisonError(f"{self.part.name}: recovered with damage: {error.stderr}") from error
+        finally:
+            self.tree.revert(self.restore)
+        found = {"databases": sorted(reached.databases), "lsn": reached.lsn, "base_backups": len(self.chain)}
+        return found | {"blocks": int(blocks) if blocks else "without checksums"}
 
     def swap(self) -> None:
         """Stop the server, put the recovered data folder in its place, start it and compare."""
@@ -169,6 +189,42 @@ class Recovery:
 
     # -- helpers ------------------------------------------------------------------------------------------------
 
+    def _unpack(self, programs: str) -> None:
+        """Put the base backup into its folder, by way of its increments where it has any; compare what is on disk."""
+        data = self.staging / "new/data"
+        if len(self.chain) == 1:
+            self._unpack_into(data, self.part)
+            return
+        folders = [self.staging / f"work/part{number}" for number in range(len(self.chain))]
+        for folder, part in zip(folders, self.chain, strict=True):
+            self._sh('mkdir -m 700 "$1"', folder)
+            self._unpack_into(folder, part)
+        try:
+            self._sh(COMBINE, programs, data, *folders)
+        except CommandFailed as error:
+            raise IntegrityError(
+                f"{self.component.name}: the increments do not fit: {error.stderr}"
+            ) from error
+        self._compare_with(
+            data,
+            lambda chunks: check_combined(chunks, int(self.part.holds["segment_size"])),
+            "what was combined",
+        )
+
+    def _unpack_into(self, folder: PurePosixPath, part: Part) -> None:
+        chunks = checked(self.restore.read(part), part.holds)
+        self.component.runtime.write_tree(folder, chunks)
+        self._compare_with(folder, lambda chunks: check_base(chunks, part.holds), part.name)
+
+    def _compare_with(
+        self, folder: PurePosixPath, check: Callable[[Iterable[bytes]], None], name: str
+    ) -> None:
+        names = self._sh('ls -A "$1"', folder).splitlines()
+        try:
+            check(self.component.runtime.read_tree(folder, members=names))
+        except IntegrityError as error:
+            raise ComparisonError(f"{name} is not on disk as it was recorded: {error}") from error
+
     def _require_possible(self, programs: str) -> None:
         component = self.component
         if self.options.folder is None:
@@ -181,11 +237,21 @@ class Recovery:
             raise Permanent(
                 f"{component.name}: {self.root} is there and not empty; recover into a new folder"
             )
+        self._require_room()
+
+    def _require_room(self) -> None:
+        component = self.component
         where = "container" if component.container and self.options.folder is None else "host"
         try:
-            self._sh(REQUIRE_PLACE, self.root, self.part.plain_size // 1024, where)
+            self._sh(REQUIRE_PLACE, self.root, self._room // 1024, where)
         except CommandFailed as error:
             raise Permanent(f"{component.name}: {self.root}: {error.stderr}") from error
+
+    @property
+    def _room(self) -> int:
+        """The bytes that staging takes: of increments, all of them and what they are combined to."""
+        combined = int(self.part.holds["size"]) if len(self.chain) > 1 else 0
+        return sum(part.plain_size for part in self.chain) + combined
 
     def _require_same_cluster(self, programs: str) -> None:
         """Refuse a data folder of another cluster, unless its server answers and holds no table, as a new one does."""

@@ -78,6 +78,14 @@ rm -rf "$1/work"
 mkdir -m 700 -p "$1/work/wal" "$1/new/data"
 """
 
+COMBINE = """
+bin=$1 data=$2
+shift 2
+rmdir "$data"
+"$bin/pg_combinebackup" --manifest-checksums=SHA256 --output="$data" "$@"
+rm -rf "$@"
+"""
+
 ARRANGE = """
 live=$1 staging=$2 data=$2/new/data
 owner=$(stat -c %u:%g "$live" 2>/dev/null || echo 0:0)
@@ -91,6 +99,13 @@ LC_ALL=C "$3/pg_controldata" "$data" | sed -n 's/^track_commit_timestamp setting
 stat -c '%u %g' "$data"
 """
 """Prints whether commit timestamps are tracked, which a server that does not forgets, and the owner of the data."""
+
+CHECK_BLOCKS = """
+! LC_ALL=C "$1/pg_controldata" "$2" | grep -q '^Data page checksum version: *0$' || exit 0
+checked=$(LC_ALL=C "$1/pg_checksums" --check --pgdata="$2" 2>&1) || { printf '%s\n' "$checked" | tail -n 5 >&2; exit 1; }
+printf '%s\n' "$checked" | sed -n 's/^Blocks scanned: *//p'
+"""
+"""Prints how many blocks have the checksum that is in them; nothing where the cluster has none."""
 
 FINISH = """
 staging=$2 data=$2/new/data live=$1

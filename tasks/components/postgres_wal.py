@@ -300,6 +300,7 @@ class BaseBackup:
     """The server's clock when it was at ``stop_lsn``: the first moment that it can be recovered to."""
     with_wal: bool = False
     """Whether it holds its own WAL from start to stop, so that it can be recovered without any from the store."""
+    manifest_sha256: str = ""
 
     @property
     def needs_from(self) -> int:
@@ -319,6 +320,7 @@ class BaseBackup:
             parse_lsn(holds["stop_lsn"]),
             datetime.fromisoformat(str(holds["finished"])),
             bool(holds.get("with_wal", False)),
+            str(holds.get("manifest_sha256", "")),
         )
 
 

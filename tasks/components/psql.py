@@ -358,10 +358,12 @@ class Server:
         """Return the command line of ``tool`` connecting to ``database``."""
         return [f"{self.tools}/{tool}", f"--dbname={connection_string(database)}", "--no-password", *options]
 
-    def stream(self, argv: list[str], *, env: Mapping[str, str] | None = None) -> Iterator[bytes]:
-        """Yield the stdout of a program that is logged in by its environment."""
+    def stream(
+        self, argv: list[str], *, env: Mapping[str, str] | None = None, sent: bytes = b""
+    ) -> Iterator[bytes]:
+        """Yield the stdout of a program that is logged in by its environment; see `workers.runtime.stream`."""
         try:
-            yield from stream(self.runtime, argv, env={**self.env, **(env or {})})
+            yield from stream(self.runtime, argv, env={**self.env, **(env or {})}, sent=sent)
         except CommandFailed as error:
             raise translated(error) from error
 

@@ -5,6 +5,7 @@ A component knows only the protocols and functions of this module; which runtime
 
 from __future__ import annotations
 
+import contextlib
 import os
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -89,9 +90,17 @@ class Service(Protocol):
         """Start it, creating its container from the compose file when there is none."""
 
 
-def stream(runtime: Runtime, argv: Sequence[str], *, env: Mapping[str, str] | None = None) -> Iterator[bytes]:
-    """Yield the stdout of a program that reads nothing. Raises ``CommandFailed`` after the last chunk."""
+def stream(
+    runtime: Runtime, argv: Sequence[str], *, env: Mapping[str, str] | None = None, sent: bytes = b""
+) -> Iterator[bytes]:
+    """Yield the stdout of a program that reads ``sent``, all of it before it writes anything.
+
+    Raises ``CommandFailed`` after the last chunk.
+    """
     process = runtime.spawn(argv, env=env)
+    with contextlib.suppress(BrokenPipeError):  # it has ended already; its output says how
+        if sent:
+            process.write(sent)
     process.close_input()
     yield from process.output()
 

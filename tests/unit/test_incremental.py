@@ -1,0 +1,159 @@
+"""Chains of incremental base backups: which parent is taken, what needs what, and that a parent never goes before its child."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tasks import prune, schedule
+from tasks.components.postgres_incremental import LONGEST_CHAIN, names_and_sizes, newest_parent
+from tasks.prune import read_now
+from tasks.recoverable import base_backups
+from tasks.retention import Backup, decide
+from tests.configured import configured, write_settings
+from workers import catalog
+from workers.catalog import Artifact, Kind
+from workers.errors import Permanent
+from workers.sections import RetentionPolicy
+from workers.settings import Settings, get_settings
+from workers.storage import open_store
+
+START = datetime(2026, 11, 22, 3, tzinfo=UTC)
+BASE = "postgres-base"
+
+
+def base(day: int, *needs: str, timeline: int = 1, component: str = "db") -> Artifact:
+    made = START + timedelta(days=day)
+    holds = {
+        "system_identifier": "7",
+        "timeline": timeline,
+        "start_lsn": f"0/{day + 1}000028",
+        "stop_lsn": f"0/{day + 1}000120",
+        "finished": made.isoformat(),
+        "manifest_sha256": f"{day}",
+        "with_wal": True,
+    } | ({"needs": list(needs)} if needs else {})
+    part = {"component": component, "kind": BASE, "holds": holds}
+    key = f"components/{component}_backup_{made:%Y%m%d_%H%M%S}.tar.gz"
+    return Artifact(
+        key=key, run_id=key, job="db-base", created=made, size=1, sha256="f", details={"parts": [part]}
+    )
+
+
+def test_the_parent_is_the_newest_that_everything_is_there_of() -> None:
+    full = base(0)
+    first = base(1, full.key)
+    second = base(2, full.key, first.key)
+    assert newest_parent("db", BASE, []) is None
+    assert newest_parent("other", BASE, [full]) is None
+    found = newest_parent("db", BASE, [second, full, first])
+    assert found
+    assert found.needs == (full.key, first.key, second.key)
+    assert found.manifest_sha256 == "2"
+    without = newest_parent("db", BASE, [full, second])
+    assert without
+    assert without.needs == (full.key,)
+    assert newest_parent("db", BASE, [first, second]) is None
+    names = [f"components/{number}" for number in range(LONGEST_CHAIN)]
+    longest = base(40, *names[:-1])
+    others = [Artifact.model_validate({**full.model_dump(), "key": name}) for name in names]
+    found = newest_parent("db", BASE, [longest, *others])
+    assert found
+    assert longest.key not in found.needs
+
+
+def test_an_increment_without_what_it_needs_cannot_be_recovered_from() -> None:
+    full = base(0)
+    first = base(1, full.key)
+    second = base(2, full.key, first.key)
+    assert [one.archive for one in base_backups("db", [full, first, second])] == [
+        full.key,
+        first.key,
+        second.key,
+    ]
+    assert [one.archive for one in base_backups("db", [full, second])] == [full.key]
+    assert base_backups("db", [first, second]) == []
+
+
+def test_retention_keeps_what_the_newest_increment_needs() -> None:
+    rows = [base(0), first := base(1, base(0).key), base(2, base(0).key, first.key), base(3)]
+    backups = [prune.backup_of(row, None) for row in rows]
+
+    def kept(*chosen: Backup) -> frozenset[str]:
+        policy = {"p": RetentionPolicy(last=1)}
+        return decide(chosen, lambda _: policy, START + timedelta(days=9), wal_days={"db": 0}).kept
+
+    assert kept(*backups[:3]) == {row.key for row in rows[:3]}
+    assert kept(*backups) == {rows[3].key}
+
+
+def test_a_manifest_keeps_its_names_and_sizes_and_nothing_of_the_contents() -> None:
+    files = [{"Path": "a", "Size": 1, "Last-Modified": "t", "Checksum-Algorithm": "SHA256", "Checksum": "00"}]
+    whole = {"System-Identifier": 7, "Files": files, "WAL-Ranges": [], "Manifest-Checksum": "00"}
+    text = names_and_sizes(json.dumps(whole).encode())
+    found = json.loads(text)
+    assert found["Files"] == [{"Path": "a", "Size": 1, "Last-Modified": "t"}]
+    assert (found["System-Identifier"], found["WAL-Ranges"]) == (7, [])
+    body = text[: text.rindex(b'"Manifest-Checksum"')]
+    assert found["Manifest-Checksum"] == hashlib.sha256(body).hexdigest()
+
+
+PG = """
+[components.{name}]
+kind = "postgres"
+host = "db1"
+wal_archive = "/wal"
+incremental = {incremental}
+"""
+
+
+def test_increments_are_scheduled_for_the_servers_that_have_them_switched_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with configured(write_settings(tmp_path, more=PG.format(name="old", incremental="false"))) as found:
+        assert "incremental" not in schedule.cron_lines(found)
+    both = PG.format(name="old", incremental="false") + PG.format(name="new", incremental="true")
+    started: list[tuple[list[str], Any]] = []
+    monkeypatch.setattr(
+        schedule, "backup_full_system", lambda names, **asked: started.append((names, asked["options"]))
+    )
+    with configured(write_settings(tmp_path, more=both)) as found:
+        lines = schedule.cron_lines(found)
+        assert (lines["base"], lines["incremental"]) == ("0 3 * * 0", "0 3 * * 1-6")
+        for job in ("base", "incremental"):
+            schedule.start_scheduled.run(job)
+    full = [([name], {"base": "full"}) for name in ("old", "new")]
+    assert started == [*full, (["new"], {"base": "incremental"})]
+
+
+@pytest.fixture
+def settings(tmp_path: Path) -> Iterator[Settings]:
+    more = f'[catalog]\nurl = "sqlite:///{tmp_path}/catalog.sqlite"\n'
+    with configured(write_settings(tmp_path, more=more)) as found:
+        yield found
+
+
+def test_a_parent_is_not_deleted_before_what_needs_it_nor_while_its_child_is_made(settings: Settings) -> None:
+    full = base(0)
+    child = base(1, full.key)
+    store = open_store(get_settings().store)
+    for row in (full, child):
+        store.put(row.key, [b"x"])
+        catalog.add_artifact(row)
+    with pytest.raises(Permanent, match=f"{full.key} is needed by {child.key}; delete first what needs it"):
+        prune.delete.run(full.key, confirm=full.key)
+    assert store.stat(full.key).size == 1
+
+    options: dict[str, Any] = {"base": "incremental", "parent": {"needs": [full.key]}}
+    run = catalog.open_run(Kind.BACKUP, job="manual", components=["db"], options=options)
+    assert run
+    assert read_now("store", [full.key, child.key]) == {full.key}
+    assert read_now("offsite", [full.key]) == set()
+    catalog.finish_run(run.id)
+    assert read_now("store", [full.key]) == set()
