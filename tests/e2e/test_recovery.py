@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 
 from tasks.components.postgres_archiving import archive_command
+from tasks.components.postgres_incremental import MAJOR
 from tests.postgres_servers import Postgres, postgres_server
 from tests.systems import System, wait_until
 
@@ -69,7 +70,13 @@ def servers() -> Iterator[Servers]:
     folder.chmod(0o755)
     with ExitStack() as stack:
         yield {
-            f"db{major}": stack.enter_context(postgres_server(major, folder / str(major), settings=ARCHIVING))
+            f"db{major}": stack.enter_context(
+                postgres_server(
+                    major,
+                    folder / str(major),
+                    settings=ARCHIVING | ({"summarize_wal": "on"} if major >= MAJOR else {}),
+                )
+            )
             for major in MAJORS
         }
     shutil.rmtree(folder)
@@ -248,3 +255,35 @@ def test_recover_brings_back_the_moment_and_says_so(system: System, servers: Ser
     assert (scratch / "PG_VERSION").exists()
     assert "archive_mode = off" in (scratch / "postgresql.auto.conf").read_text()
     assert len(server.rows("SELECT t FROM notes")) == 2
+
+
+def test_an_increment_is_rehearsed_and_restored_with_what_it_needs(system: System, servers: Servers) -> None:
+    server = servers["db18"]
+    full = system.cli("backup", "db18", "--base", "full")["archive"]
+    server.execute("INSERT INTO notes VALUES ('in the increment')")
+    child = system.cli("backup", "db18", "--base", "incremental")["archive"]
+    (part,) = system.cli("show", child)["parts"]
+    assert (part["holds"]["base"], part["holds"]["needs"]) == ("incremental", [full])
+    held = server.rows("SELECT t FROM notes ORDER BY 1")
+
+    proven = system.cli("verify", child, "--level", "restore")["outcome"]["restore"]["db18"]
+    assert proven["base_backups"] == 2
+    assert system.cli("show", child)["proof"]["level"] == "restore"
+    assert server.rows("SELECT t FROM notes ORDER BY 1") == held
+    assert not list(server.data_dir.glob(".ai-micro-backup*"))
+
+    refused = system.cluster.run("ai-micro-backup", "delete", full, "--confirm", full, timeout=60)
+    assert refused.returncode != 0
+    assert f"is needed by {child}" in " ".join(refused.stderr.split())
+    stored = system.store / full
+    away = stored.rename(f"{stored}.away")
+    lacking = system.cli("verify", child, "--level", "exists", status=1)
+    assert f"cannot be restored without {full}" in lacking["cause"]
+    lacking = system.cli("restore", child, "--component", "db18", "--confirm", "db18", status=1)
+    assert f"cannot be restored without {full}" in lacking["cause"]
+    away.rename(stored)
+
+    server.execute("DROP TABLE notes")
+    run = system.cli("restore", child, "--component", "db18", "--confirm", "db18")
+    assert run["state"] == "complete"
+    assert server.rows("SELECT t FROM notes ORDER BY 1") == held
