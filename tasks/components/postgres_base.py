@@ -78,7 +78,8 @@ def base_source(server: Server, component: str, database: str, asked: BackupOpti
         require_incremental(component, server.major, facts)
         manifest, instead = manifest_of(asked.parent, component, facts, open_store(get_settings().store))
     base = BaseStream(server, component, database, facts, asked.parent if manifest else None)
-    base.holds |= {"full_because": instead} if instead else {}
+    if instead:
+        base.made_full(instead)
     expected = None if manifest else facts["size"]
     name = part_name(f"{component}.base.tar")
     return Source("base", name, BASE, base.read(manifest), expected=expected, holds=base.holds)
@@ -125,6 +126,13 @@ class BaseStream:
         if self._parent:
             self.holds["needs"] = list(self._parent.needs)
 
+    def made_full(self, because: str) -> None:
+        """Note that it is a full one, although an incremental one was asked for."""
+        self._parent = None
+        self.holds["warnings"] = [
+            f"a full base backup was made, because an incremental one was not possible: {because}"
+        ]
+
     def _chunks(self, manifest: bytes) -> Iterator[bytes]:
         argv = self._server.argv("pg_basebackup", self._database, *OPTIONS)
         if not manifest:
@@ -134,8 +142,7 @@ class BaseStream:
         try:
             first = next(chunks, b"")
         except Permanent as error:  # the summaries of WAL since the parent are gone, for example
-            self._parent = None
-            self.holds["full_because"] = f"an incremental one was not possible: {error}"
+            self.made_full(str(error))
             yield from self._server.stream(argv)
             return
         yield first
