@@ -12,19 +12,18 @@ import json
 import re
 import shlex
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
-from tasks.components.postgres_base import BASE, check_base, check_combined, checked
+from tasks.components.postgres_base import BASE
 from tasks.components.postgres_cluster import IDENTIFIER, require_same_cluster
 from tasks.components.postgres_options import RestoreOptions
 from tasks.components.postgres_recovery_scripts import (
     ARRANGE,
     CHECK_BLOCKS,
-    COMBINE,
     FETCH,
     FIND_PROGRAMS,
     FINISH,
@@ -35,6 +34,7 @@ from tasks.components.postgres_recovery_scripts import (
 )
 from tasks.components.postgres_segments import parse_lsn
 from tasks.components.postgres_target import Reached, Target, describe
+from tasks.components.postgres_unpack import room, sh, unpack
 from tasks.components.postgres_wal import list_collections, list_wal
 from tasks.components.postgres_wal_feed import WalFeed
 from tasks.components.trees import Tree
@@ -42,11 +42,9 @@ from workers.component import Part, Restore
 from workers.errors import (
     CommandFailed,
     ComparisonError,
-    IntegrityError,
     Permanent,
     RuntimeUnavailable,
 )
-from workers.runtime import run
 
 if TYPE_CHECKING:
     from tasks.components.postgres import Component
@@ -125,7 +123,7 @@ class Recovery:
             self._require_possible(programs)
         if not self.tree.prepare(self.restore):
             self._sh(MAKE, self.staging)
-            self._unpack(programs)
+            unpack(self.component.runtime, self.chain, self.restore.read, self.staging, programs)
             reached = self._recover(programs)
             self._sh(FINISH, self.live, self.staging, "scratch" if self.options.folder else "live")
             self._note("reached.json", reached.model_dump_json())
@@ -143,7 +141,7 @@ class Recovery:
             self._require_room()
             self.tree.prepare(self.restore)
             self._sh(MAKE, self.staging)
-            self._unpack(programs)
+            unpack(self.component.runtime, self.chain, self.restore.read, self.staging, programs)
             reached = self._recover(programs)
             if lost := set(self.part.holds["databases"]) - set(reached.databases):
                 raise ComparisonError(f"{self.part.name}: recovered without {', '.join(sorted(lost))}")
@@ -189,42 +187,6 @@ class Recovery:
 
     # -- helpers ------------------------------------------------------------------------------------------------
 
-    def _unpack(self, programs: str) -> None:
-        """Put the base backup into its folder, by way of its increments where it has any; compare what is on disk."""
-        data = self.staging / "new/data"
-        if len(self.chain) == 1:
-            self._unpack_into(data, self.part)
-            return
-        folders = [self.staging / f"work/part{number}" for number in range(len(self.chain))]
-        for folder, part in zip(folders, self.chain, strict=True):
-            self._sh('mkdir -m 700 "$1"', folder)
-            self._unpack_into(folder, part)
-        try:
-            self._sh(COMBINE, programs, data, *folders)
-        except CommandFailed as error:
-            raise IntegrityError(
-                f"{self.component.name}: the increments do not fit: {error.stderr}"
-            ) from error
-        self._compare_with(
-            data,
-            lambda chunks: check_combined(chunks, int(self.part.holds["segment_size"])),
-            "what was combined",
-        )
-
-    def _unpack_into(self, folder: PurePosixPath, part: Part) -> None:
-        chunks = checked(self.restore.read(part), part.holds)
-        self.component.runtime.write_tree(folder, chunks)
-        self._compare_with(folder, lambda chunks: check_base(chunks, part.holds), part.name)
-
-    def _compare_with(
-        self, folder: PurePosixPath, check: Callable[[Iterable[bytes]], None], name: str
-    ) -> None:
-        names = self._sh('ls -A "$1"', folder).splitlines()
-        try:
-            check(self.component.runtime.read_tree(folder, members=names))
-        except IntegrityError as error:
-            raise ComparisonError(f"{name} is not on disk as it was recorded: {error}") from error
-
     def _require_possible(self, programs: str) -> None:
         component = self.component
         if self.options.folder is None:
@@ -243,15 +205,9 @@ class Recovery:
         component = self.component
         where = "container" if component.container and self.options.folder is None else "host"
         try:
-            self._sh(REQUIRE_PLACE, self.root, self._room // 1024, where)
+            self._sh(REQUIRE_PLACE, self.root, room(self.chain) // 1024, where)
         except CommandFailed as error:
             raise Permanent(f"{component.name}: {self.root}: {error.stderr}") from error
-
-    @property
-    def _room(self) -> int:
-        """The bytes that staging takes: of increments, all of them and what they are combined to."""
-        combined = int(self.part.holds["size"]) if len(self.chain) > 1 else 0
-        return sum(part.plain_size for part in self.chain) + combined
 
     def _require_same_cluster(self, programs: str) -> None:
         """Refuse a data folder of another cluster, unless its server answers and holds no table, as a new one does."""
@@ -381,8 +337,7 @@ class Recovery:
         self._sh('cat >"$1"; chmod 644 "$1"', self.staging / name, chunks=[text.encode()])
 
     def _sh(self, script: str, *words: object, chunks: Iterable[bytes] = ()) -> str:
-        argv = ["sh", "-euc", script, "sh", *map(str, words)]
-        return run(self.component.runtime, argv, chunks=chunks).decode(errors="surrogateescape")
+        return sh(self.component.runtime, script, *words, chunks=chunks)
 
 
 def _lines(chunks: Iterable[bytes]) -> Iterator[str]:

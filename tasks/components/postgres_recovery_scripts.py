@@ -78,14 +78,6 @@ rm -rf "$1/work"
 mkdir -m 700 -p "$1/work/wal" "$1/new/data"
 """
 
-COMBINE = """
-bin=$1 data=$2
-shift 2
-rmdir "$data"
-"$bin/pg_combinebackup" --manifest-checksums=SHA256 --output="$data" "$@"
-rm -rf "$@"
-"""
-
 ARRANGE = """
 live=$1 staging=$2 data=$2/new/data
 owner=$(stat -c %u:%g "$live" 2>/dev/null || echo 0:0)
