@@ -17,6 +17,7 @@ from typing import Any
 from celery import Task
 
 from tasks import archive
+from tasks.proofs import drop_proofs
 from tasks.prune import keeps
 from tasks.runs import WORKFLOWS, Work, begin
 from tasks.step import perform
@@ -37,6 +38,8 @@ OFFSITE = "offsite"
 ARCHIVES = ("full_system/", "components/")
 WAL = "wal/"
 COLLECTIONS = "/collections/"
+COMPARED = ("exists", "checksum")
+"""The levels of verification that compare a copy with its record, as copying does, and no more."""
 
 
 @app.task(name="tasks.offsite.copy_offsite")
@@ -72,7 +75,11 @@ def copy_archive(self: Task[Any, Any], key: str) -> dict[str, Any]:
         if not found:
             return {"copied": False}  # retention removed it meanwhile
         with _copier(self, lease) as copying:
-            catalog.add_copy(copying.archive(found[0]))
+            copy = copying.archive(found[0])
+            if key in _found_damaged():  # that was said of what has been replaced
+                drop_proofs(copying.target, key)
+                catalog.drop_verifications(key, OFFSITE)
+            catalog.add_copy(copy)
         return {"copied": True}
 
     return perform(self, OFFSITE, work)
@@ -98,7 +105,7 @@ def wanted(artifact: Artifact, offsite: OffsiteSettings) -> bool:
 
 
 def lacking(offsite: OffsiteSettings) -> list[str]:
-    """Return the keys of the wanted archives that the offsite store lacks or has otherwise, the newest first.
+    """Return the keys of the wanted archives that the offsite store lacks, or has otherwise or damaged, the newest first.
 
     Those that its own retention would delete at once are not wanted. Makes the catalogue's copies those that are there:
     what is gone is forgotten, what is there and unknown noted.
@@ -110,11 +117,11 @@ def lacking(offsite: OffsiteSettings) -> list[str]:
         if there.get(key) != copy.size or archive.sidecar_key(key) not in there:
             catalog.drop_copy(key)
     artifacts = catalog.list_artifacts()
-    missing = []
+    missing, damaged = [], _found_damaged()
     for artifact in artifacts:
         if wanted(artifact, offsite):
-            copied = known.get(artifact.key)
-            if there.get(artifact.key) != artifact.size or archive.sidecar_key(artifact.key) not in there:
+            copied, key = known.get(artifact.key), artifact.key
+            if there.get(key) != artifact.size or archive.sidecar_key(key) not in there or key in damaged:
                 missing.append(artifact.key)
             elif copied is None or copied.sha256 != artifact.sha256:
                 if _is_recorded(target, artifact):
@@ -138,6 +145,12 @@ def _candidates(
         if archive.is_archive(key) and key not in here:
             with suppress(ObjectNotFound, IntegrityError):  # then it is no copy
                 yield archive.artifact_of(archive.read_sidecar(target, key))
+
+
+def _found_damaged() -> set[str]:
+    """Return the keys of the copies whose bytes were found not to be what was recorded, when they were last looked at."""
+    newest = {line.key: line for line in catalog.list_verifications() if line.store == OFFSITE}
+    return {key for key, line in newest.items() if not line.ok and line.level in COMPARED}
 
 
 @dataclass(frozen=True)

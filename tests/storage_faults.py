@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from typing import Any
 from unittest import mock
 
+import pytest
 from sqlalchemy import Engine, event
 
 from tests.storage_invariants import UNMET, unmet, wrong
@@ -42,6 +43,7 @@ class Fault:
 
     position: int = -1
     kind: str = ""
+    """One of those that the call can have; by default it follows from the position."""
     calls: list[str] = field(default_factory=list)
     watching: bool = False
     """Whether calls count now: those of a stage do, those of the checks after it do not."""
@@ -52,7 +54,11 @@ class Fault:
         if not self.watching:
             return ""
         self.calls.append(call)
-        return self.kind if len(self.calls) - 1 == self.position else ""
+        if len(self.calls) - 1 != self.position:
+            return ""
+        kinds = FAULTS[call.split(maxsplit=1)[0]]
+        self.kind = self.kind or kinds[self.position % len(kinds)]
+        return self.kind
 
 
 FAULT = Fault()
@@ -191,14 +197,20 @@ def sweep(world: World, stage: str) -> Iterator[dict[str, Any]]:
     world.load(done)
 
 
+@contextmanager
+def installed() -> Iterator[None]:
+    """Let all local stores of this process count their calls, and have the fault."""
+    doubles = {"put": put, "delete": delete_, "stat": stat, "get": reading("get"), "list": reading("list")}
+    with pytest.MonkeyPatch.context() as patch:
+        for name, double in doubles.items():
+            patch.setattr(LocalStore, name, double)
+        yield
+
+
 def main() -> None:
-    for name, double in {"put": put, "delete": delete_, "stat": stat}.items():
-        setattr(LocalStore, name, double)
-    for name in ("get", "list"):
-        setattr(LocalStore, name, reading(name))
     # Durability against a power cut would only slow this down.
     event.listen(Engine, "connect", lambda connection, _: connection.execute("PRAGMA synchronous=OFF"))
-    with mock.patch.object(os, "fsync"), in_this_process():
+    with mock.patch.object(os, "fsync"), in_this_process(), installed():
         world = World()
         world.backup()
         world.backup()

@@ -22,7 +22,7 @@ from sqlmodel import SQLModel
 
 from workers import streams
 from workers.component import NO_OPTIONS, BaseComponent, Part, Restore, Source
-from workers.errors import ComparisonError, IntegrityError, StoreUnavailable
+from workers.errors import IntegrityError, StoreUnavailable
 from workers.storage.local import LocalStore
 from workers.streams import Digest
 
@@ -58,10 +58,7 @@ class Component(BaseComponent):
             self._beside("before").replace(self.path)
 
     def rehearse(self, restore: Restore) -> dict[str, Any]:
-        content = b"".join(chunk for part in restore.parts for chunk in restore.read(part))
-        if content != NEW:
-            raise ComparisonError("it is another")
-        return {"bytes": len(content)}
+        return {"bytes": sum(len(chunk) for part in restore.parts for chunk in restore.read(part))}
 
     def settle(self, restore: Restore) -> None:
         self._beside("before").unlink(missing_ok=True)

@@ -20,8 +20,9 @@ from tasks.components.postgres_wal import BaseBackup, Wal, list_collections, lis
 from tasks.recoverable import Recoverable, examine
 from tests.configured import configured, write_settings
 from tests.postgres_servers import Postgres, postgres_server
+from tests.storage_faults import FAULT, installed
 from tests.systems import wait_until
-from workers.errors import IntegrityError, LeaseLost, Permanent
+from workers.errors import BackupError, IntegrityError, LeaseLost, Permanent
 from workers.locks import Lease
 from workers.progress import Item
 from workers.storage import Store
@@ -234,6 +235,39 @@ def test_lost_lease_commits_nothing_and_removes_nothing(collector: Collector) ->
     collector.collect()
     assert name in collector.wal.files
     assert not path.exists()
+
+
+@pytest.mark.parametrize("server", [18], indirect=True)
+def test_one_fault_at_any_storage_call_is_loud_and_the_next_collection_has_every_commit(
+    collector: Collector,
+) -> None:
+    collector.collect()
+    looked_at: set[str] = set()
+    with installed():
+        for position in range(50):
+            written, said = collector.write(), None
+            FAULT.position, FAULT.kind, FAULT.calls, FAULT.watching = position, "", [], True
+            try:
+                collector.collect()
+            except BackupError as error:
+                said = error
+            FAULT.watching = False
+            if len(FAULT.calls) <= position:
+                break
+            assert said or FAULT.kind == "short", FAULT.calls[position]
+            records = list_collections(collector.store, "pg", collector.system)
+            assert {record.last for record in records} <= collector.wal.files.keys()
+            for file in collector.wal.files.keys() - looked_at:
+                plain = b"".join(read_wal(collector.store, collector.wal.files[file].key))
+                assert hashlib.sha256(plain).hexdigest() == collector.wal.files[file].sha256
+                looked_at.add(file)
+
+            collector.collect()
+            newest = list_collections(collector.store, "pg", collector.system)[-1]
+            assert missing(collector.wal, 1, written, newest.end) == []
+            assert collector.in_folder() == []
+    assert 5 < position < 50
+    assert {call.split()[0] for call in FAULT.calls} == {"list", "get", "put"}
 
 
 def test_failing_archive_command_is_the_cause_and_then_a_warning(collector: Collector) -> None:
