@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import bisect
+import itertools
 import socket
 import tracemalloc
 from collections.abc import Iterator
@@ -53,7 +55,9 @@ def test_parts_grow_so_that_ten_thousand_hold_the_largest_object_and_none_is_too
     assert sum(sizes) >= 5 << 40
     assert sizes == sorted(sizes)
     assert (min(sizes), max(sizes) <= 5 << 30) == (8 * MEBIBYTE, True)
-    assert sum(sizes[:1000]) > 50_000_000_000
+    reached = list(itertools.accumulate(sizes))
+    for stored, last in ((5_000_000_000, 32), (100_000_000_000, 144), (1_000_000_000_000, 448)):
+        assert sizes[bisect.bisect_left(reached, stored)] == last * MEBIBYTE
 
 
 @pytest.mark.parametrize("size", [0, 1, 8 * MEBIBYTE, 8 * MEBIBYTE + 1])
@@ -67,11 +71,25 @@ def test_parts_are_the_bytes_in_order_and_only_the_last_is_smaller(size: int) ->
 def test_memory_does_not_grow_with_the_object(settings: S3StoreSettings) -> None:
     store = S3Store(settings)
     store.put("warm", noise(9 * MEBIBYTE))
+    assert peak_of(store, "a") < 56 * MEBIBYTE
+
+
+def test_memory_is_about_three_parts_where_parts_are_large(
+    settings: S3StoreSettings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Parts of 32 MiB, as at 5 GB; at 100 GB, they have 144 MiB."""
+    for module in ("s3", "s3_upload"):
+        monkeypatch.setattr(f"workers.storage.{module}.part_size", lambda _number: 32 * MEBIBYTE)
+    assert peak_of(S3Store(settings), "a") < 3.5 * 32 * MEBIBYTE
+
+
+def peak_of(store: S3Store, key: str) -> int:
+    """Return the bytes of memory that a put of 96 MiB takes at most."""
     tracemalloc.start()
-    store.put("a", noise(96 * MEBIBYTE))
+    store.put(key, noise(96 * MEBIBYTE))
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    assert peak < 56 * MEBIBYTE
+    return peak
 
 
 @pytest.mark.parametrize("error", [ValueError("no"), KeyboardInterrupt()])

@@ -27,7 +27,9 @@ BYTES_IN_FLIGHT = IN_FLIGHT * PART
 def part_size(number: int) -> int:
     """Return the size of the part ``number``, from 1: 8 MiB, and 8 MiB more every 76 parts.
 
-    An object of 5 GB has parts of up to 64 MiB, one of 100 GB of 136 MiB; memory holds a few of them.
+    How long a stream will be is not known when its first part is sent. The last parts of 5 GB have 32 MiB, of 100 GB
+    144 MiB, of 1 TB 448 MiB. An upload's memory is about three times that, and never less than some 50 MiB: one part
+    that is filled, one on its way, and botocore's copy of it.
     """
     return PART * (1 + (number - 1) // PARTS_BEFORE_LARGER_ONES)
 
