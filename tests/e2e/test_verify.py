@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 from pyrage import x25519
 
-from tests.systems import System
+from tests.systems import System, wait_until
 
 SECRET = "planted-and-never-seen-in-the-store"
 SETTINGS = """
@@ -26,8 +30,12 @@ pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
-def system(cluster_factory: Callable[..., System], tmp_path_factory: pytest.TempPathFactory) -> System:
-    folder = tmp_path_factory.mktemp("verify")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("verify")
+
+
+@pytest.fixture(scope="module")
+def system(cluster_factory: Callable[..., System], folder: Path) -> System:
     identity = x25519.Identity.generate()
     (folder / "key").write_text(f"{identity}\n")
     (folder / "key").chmod(0o600)
@@ -65,3 +73,36 @@ def test_an_encrypted_archive_is_proven_by_restoring_it_and_damage_is_loud(syste
     proven = system.cli("status", status=5)["proven"]
     assert [one["archive"] for one in proven["damaged"]] == [str(archive)]
     assert proven["restored"] is None
+
+
+def test_a_restore_waits_for_no_rehearsal(system: System, folder: Path) -> None:
+    """One that never ends; it holds the lease of what is to be restored."""
+    (folder / "uploads" / "noise").write_bytes(os.urandom(48 << 20))
+    name = Path(system.complete()["archive"]).name
+    rehearsal = system.call("tasks.verify.verify_archive", name, level="restore")
+    deadline = time.monotonic() + 60
+    while not (
+        system.query("SELECT phase FROM run WHERE id = ?", rehearsal) == [("restore",)] and _stopped(system)
+    ):
+        assert time.monotonic() < deadline, "the rehearsal was over before it could be stopped"
+    (folder / "uploads" / "document").write_text("lost")
+
+    run = system.cli("restore", name, "--component", "uploads", "--confirm", "uploads")
+
+    assert run["state"] == "complete", run
+    assert (folder / "uploads" / "document").read_text() == SECRET * 100
+    ended = system.cli("show", rehearsal)
+    assert ended["state"] == "failed"
+    assert ended["cause"] == f"restore was not ended: it gave way to the restore {run['id']}"
+    levels = system.query("SELECT level FROM verification WHERE run_id = ?", rehearsal)
+    assert levels == [("exists",), ("checksum",), ("structure",)]
+    assert wait_until(lambda: not system.children("uploads"), timeout=30)
+
+
+def _stopped(system: System) -> bool:
+    """Stop a program that works for the component, if there is one."""
+    for pid in system.children("uploads"):
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGSTOP)
+            return True
+    return False
