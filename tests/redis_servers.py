@@ -7,6 +7,7 @@ import hashlib
 import importlib.util
 import os
 import secrets
+import shutil
 import subprocess
 import time
 from collections.abc import Iterator
@@ -16,13 +17,14 @@ from typing import Any
 from urllib.parse import quote
 
 import docker
+import pytest
 import redis
 
 from compose.demo.docker_images import Images
 from compose.demo.embedded import free_port, redis_program
 from compose.demo.fingerprint_redis import fingerprint_redis
 from tasks.components.redis import Component
-from workers.component import Part, Restore
+from workers.component import Part, Restore, Source
 
 PASSWORD = "s3cret 'q\" $HOME é\\%#"
 RUN = "20261122_020000"
@@ -131,15 +133,24 @@ class Server:
         )
 
 
+FIRST_USER = """
+[ -e {aclfile} ] || echo 'user default on #{hash} ~* &* +@all' >{aclfile}
+exec entrypoint.sh "$@"
+"""
+
+
 class ContainedServer(Server):
     """Redis 8.0 in a container; its folder is out of reach but for the container's own programs."""
 
-    def __init__(self, client: docker.DockerClient, **environment: str) -> None:
+    def __init__(
+        self, client: docker.DockerClient, *, aclfile: str | None = None, **environment: str
+    ) -> None:
         self.name = f"contract-redis-{secrets.token_hex(4)}"
         self.port = free_port()  # one that Docker chooses changes when the container is started again
         self.container = client.containers.run(
             Images().redis,
-            ["redis-server", "--repl-diskless-sync-delay", "0"],
+            ["redis-server", "--repl-diskless-sync-delay", "0", *(("--aclfile", aclfile) if aclfile else ())],
+            entrypoint=["sh", "-c", FIRST_USER.format(aclfile=aclfile, hash=hashed(PASSWORD)), "sh"],
             detach=True,
             name=self.name,
             environment={"REDIS_PASSWORD": PASSWORD, **environment},
@@ -223,19 +234,36 @@ def same(left: dict[str, list[Any]], right: dict[str, list[Any]]) -> bool:
 
 
 def back_up(component: Component) -> tuple[Part, bytes]:
-    [source] = component.sources()
+    """Back up a server without an aclfile."""
+    [(part, data)] = stored(component)
+    form = "aof" if component.method == "aof" else "rdb"
+    assert part.kind == f"redis-{form}"
+    return part, data
+
+
+def store_all(component: Component) -> tuple[list[Part], dict[str, bytes]]:
+    """Back up a server, its users too, and return its parts and their bytes by name."""
+    found = stored(component)
+    return [part for part, _ in found], {part.name: data for part, data in found}
+
+
+def stored(component: Component) -> list[tuple[Part, bytes]]:
+    return [store_source(component, source) for source in component.sources()]
+
+
+def store_source(component: Component, source: Source) -> tuple[Part, bytes]:
     started = datetime.now(UTC)
     data = b"".join(source.chunks)
-    form = "aof" if component.method == "aof" else "rdb"
-    assert (source.label, source.name, source.kind) == (
-        component.name,
-        f"{component.name}.{form}",
-        f"redis-{form}",
-    )
+    label, form = {
+        "redis-rdb": (component.name, "rdb"),
+        "redis-aof": (component.name, "aof"),
+        "redis-users": (f"{component.name} users", "acl"),
+    }[source.kind]
+    assert (source.label, source.name) == (label, f"{component.name}.{form}")
     assert form == "aof" or source.expected in (None, len(data))
     digest = hashlib.sha256(data).hexdigest()
     return Part(
-        name="cache.rdb",
+        name=source.name,
         component=component.name,
         host="db1",
         kind=source.kind,
@@ -256,3 +284,34 @@ def restore(part: Part, data: bytes) -> Restore:
             yield data[start : start + 10_000]
 
     return Restore(RUN, [part], read)
+
+
+def restore_all(parts: list[Part], data: dict[str, bytes]) -> Restore:
+    return Restore(RUN, parts, lambda part: iter([data[part.name]]))
+
+
+SHIM = """#!/bin/sh
+read n <{count}; n=$((n + 1)); echo $n >{count}
+[ $n != {fatal} ] || kill -9 $PPID
+[ $n = {fatal} ] || exec {real} "$@"
+"""
+
+
+@contextlib.contextmanager
+def killed_at(folder: Path, fatal: int, *programs: str) -> Iterator[Path]:
+    """Within, the shell that runs the program number `fatal` of those that change files dies before it."""
+    shims, count = folder / f"shims-{fatal}", folder / "count"
+    shims.mkdir(exist_ok=True)
+    count.write_text("0\n")
+    for name in programs or ("mv", "rm", "mkdir", "touch", "sync"):
+        text = SHIM.format(count=count, fatal=fatal, real=shutil.which(name, path="/usr/bin:/bin"))
+        (shims / name).write_text(text)
+        (shims / name).chmod(0o755)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PATH", str(shims), prepend=":")
+        yield count
+
+
+def hashed(password: str) -> str:
+    """The password as ACL LIST tells it."""
+    return hashlib.sha256(password.encode()).hexdigest()

@@ -30,6 +30,16 @@ from tasks.components.redis_swap import (
     WRITE,
     Staged,
 )
+from tasks.components.redis_users import REVERT as REVERT_USERS
+from tasks.components.redis_users import SWAP as SWAP_USERS
+from tasks.components.redis_users import (
+    USERS,
+    check_users,
+    compare_users,
+    plan_users,
+    read_users,
+    stage_users,
+)
 from workers.component import NO_OPTIONS, Part, Restore, Source, part_name, plain_command
 from workers.errors import (
     BackupError,
@@ -54,26 +64,35 @@ class Component(RedisServer):
     kind: Literal["redis"]
 
     def sources(self, options: Mapping[str, Any] = NO_OPTIONS) -> list[Source]:
-        """Open a snapshot or the append-only file, by the ``method`` of the settings.
+        """Open a snapshot or the append-only file, by the ``method`` of the settings, and the users of an aclfile.
 
         ``holds`` has the exact numbers of ``keys`` and of those that expire (``expires``), and both for each database
         (``databases``, ``expiring``). They are missing when a snapshot came over the network and there is no server
         program to check it with.
         """
         info = self.source_info()
+        found = [self._data(info)]
+        if self.users and self.has_aclfile():
+            holds: dict[str, Any] = {}
+            found.append(
+                Source(f"{self.name} users", f"{self.name}.acl", USERS, read_users(self, holds), holds=holds)
+            )
+        return found
+
+    def _data(self, info: dict[str, str]) -> Source:
         holds: dict[str, Any] = {"server_version": info.get("valkey_version") or info["redis_version"]}
         if modules := self.modules():
             holds["modules"] = modules
         if self.method == "network":
-            return [Source(self.name, f"{self.name}.rdb", RDB, read_network(self, holds), holds=holds)]
+            return Source(self.name, f"{self.name}.rdb", RDB, read_network(self, holds), holds=holds)
         layout = self.layout(info)
         if self.method == "aof":
             size = length(usable(self))
             chunks = read_aof(self, layout, holds)
-            return [Source(self.name, f"{self.name}.aof", AOF, chunks, expected=size, holds=holds)]
+            return Source(self.name, f"{self.name}.aof", AOF, chunks, expected=size, holds=holds)
         began = server_time(self.snapshot())
         chunks, size = read_file(self, layout.dump, holds, began=began), int(self.sh(SIZE, layout.dump))
-        return [Source(self.name, f"{self.name}.rdb", RDB, chunks, expected=size, holds=holds)]
+        return Source(self.name, f"{self.name}.rdb", RDB, chunks, expected=size, holds=holds)
 
     def overwrites(self, parts: Sequence[Part], options: Mapping[str, Any] = NO_OPTIONS) -> list[str]:
         try:
@@ -88,7 +107,9 @@ class Component(RedisServer):
         recorded = part.holds.get("keys", "an unrecorded number of")
         old = f"{age.days} d {age.seconds // 3600} h {age.seconds // 60 % 60} min old"
         taken = f"{part.started:%Y-%m-%d %H:%M} UTC, {old}"
-        return [f"Redis {self.name}: {now} will be replaced by {recorded} keys of {taken}"]
+        lines = [f"Redis {self.name}: {now} will be replaced by {recorded} keys of {taken}"]
+        users = self._users(parts)
+        return [*lines, plan_users(self, users)] if users else lines
 
     def by_hand(self, parts: Sequence[Part]) -> str:
         part = self._part(parts)
@@ -118,6 +139,11 @@ class Component(RedisServer):
             place = f"{folder}/{shlex.quote(file)}"
             lines = [f"{unpack}{place}", f"chown --reference={folder} {place}"]
             before, after = "Stop the server, then:\n\n", "\nStart the server.\n"
+        if users := next((other for other in parts if other.kind == USERS), None):
+            after += (
+                "\nThe users are the lines of an aclfile: put them where `CONFIG GET aclfile` says, then have the server "
+                f"`ACL LOAD` them.\n\n```sh\n{plain_command(users)} >users.acl\n```\n"
+            )
         return f"{note}\n\n{before}```sh\n" + "\n".join(lines) + f"\n```\n{after}"
 
     def stage(self, restore: Restore) -> None:
@@ -134,6 +160,8 @@ class Component(RedisServer):
                 "loaded; load them (loadmodule), or their data cannot be read"
             )
         self.sh(PREPARE, staging)
+        users = self._users(restore.parts)
+        aclfile = stage_users(self, users, restore, layout, staging, running=running) if users else None
         file = staging / "new" / layout.dbfilename
         try:
             counts, form = self._receive(part, restore, layout, file)
@@ -153,6 +181,7 @@ class Component(RedisServer):
             counts["expires"],
             counts.get("databases", {}),
             counts.get("expiring", {}),
+            str(aclfile or ""),
         )
         self.sh(WRITE, staging / "staged.json", chunks=[json.dumps(asdict(staged)).encode()])
 
@@ -185,6 +214,8 @@ class Component(RedisServer):
                 self.snapshot()  # a server without save points would take what it holds with it
             self.sh(BEGIN, staging)
             self.service.stop()
+            if staged.aclfile:
+                self.sh(SWAP_USERS, staging, staged.aclfile)
             self.sh(SWAP, staging, *staged.names)
         try:
             self.start_service()
@@ -197,12 +228,16 @@ class Component(RedisServer):
             raise
         if difference := staged.difference(info, just_restored="swapped" not in state):
             raise ComparisonError(f"{self.name}: the server loaded {difference}")
+        if staged.aclfile:
+            compare_users(self, staging)
 
     def revert(self, restore: Restore) -> None:
         staging = self._find(restore)
         if staging is not None and "old" in self._state(staging):
             staged = self._staged(staging)
             self.service.stop()
+            if staged.aclfile:
+                self.sh(REVERT_USERS, staging, staged.aclfile)
             self.sh(REVERT, staging, *staged.names)
             if staged.running:
                 self.start_service()
@@ -226,7 +261,11 @@ class Component(RedisServer):
         """Have redis-check-rdb or redis-check-aof read it where the component lives.
 
         The one counts the keys, which are compared with the record; the other needs the whole as a temporary file.
+        Users are loaded by a scratch server.
         """
+        if part.kind == USERS:
+            check_users(self, part, chunks)
+            return
         if part.kind == RDB:
             reading = checked(self.runtime, self.server, chunks, name=part.name)
             self._compare(part, read_through(reading).holds, "found")
@@ -244,7 +283,10 @@ class Component(RedisServer):
         part = self._part(restore.parts)
         loaded = load(self, restore.read(part), form="rdb" if part.kind == RDB else "aof")
         self._compare(part, loaded.holds, "loaded")
-        return {"loaded_by": f"redis-server {loaded.server_version}", "databases": loaded.databases}
+        found = {"loaded_by": f"redis-server {loaded.server_version}", "databases": loaded.databases}
+        if users := self._users(restore.parts):
+            found["users"] = check_users(self, users, restore.read(users)).names
+        return found
 
     def _compare(self, part: Part, found: Mapping[str, Any], verb: str) -> None:
         for count in ("keys", "expires", "databases", "expiring"):
@@ -254,10 +296,15 @@ class Component(RedisServer):
                 )
 
     def _part(self, parts: Sequence[Part]) -> Part:
-        if len(parts) != 1 or parts[0].kind not in (RDB, AOF):
+        data = [part for part in parts if part.kind in (RDB, AOF)]
+        if len(data) != 1 or any(part.kind not in (RDB, AOF, USERS) for part in parts):
             kinds = ", ".join(part.kind for part in parts) or "nothing"
             raise Permanent(f"{self.name}: expected one {RDB} or {AOF}, got {kinds}")
-        return parts[0]
+        return data[0]
+
+    def _users(self, parts: Sequence[Part]) -> Part | None:
+        """Return the part with the users, when there is one and the settings want it."""
+        return next((part for part in parts if part.kind == USERS and self.users), None)
 
     def _staging(self, folder: PurePosixPath, restore: Restore) -> PurePosixPath:
         return folder / f".ai-micro-backup-{part_name(restore.run_id)}"

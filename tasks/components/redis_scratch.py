@@ -1,4 +1,4 @@
-"""A Redis server of its own that loads a backup, says what it holds, and is gone again.
+"""A Redis server of its own that loads a backup, of data or of users, says what it holds, and is gone again.
 
 It loads as a replica of nobody: a replica drops no key that has expired, so what it counts is what was backed up,
 however old that is.
@@ -33,20 +33,28 @@ trap '[ -z "$child" ] || kill -9 "$child" 2>/dev/null || :' EXIT
 trap 'exit 1' HUP INT TERM PIPE
 cd "$scratch"
 cat >"$file"
-case $file in *.aof) appendonly=yes ;; *) appendonly=no ;; esac
+appendonly=no users= as=
+case $file in
+  *.aof) appendonly=yes ;;
+  *.acl)
+    users="--aclfile ./$file" as="--user scratch-$4"
+    export REDISCLI_AUTH=any
+    printf '\nuser scratch-%s on nopass +info +acl|list\n' "$4" >>"$file" ;;
+esac
 (
   echo 1000 >/proc/self/oom_score_adj || :  # short of memory, this one ends, and not the live server
   exec nice "$server" --port 0 --unixsocket ./socket --unixsocketperm 700 --dir . --save '' --logfile ./log \
     --appendonly "$appendonly" --appendfilename appendonly.aof --dbfilename dump.rdb --aof-load-truncated no \
-    --auto-aof-rewrite-percentage 0 --replicaof 127.0.0.1 1 --databases "$5"
+    --auto-aof-rewrite-percentage 0 --replicaof 127.0.0.1 1 --databases "$5" $users
 ) </dev/null >/dev/null 2>&1 &
 child=$!
-until said=$("$cli" -s ./socket INFO 2>/dev/null) && printf '%s\n' "$said" | grep -q "^loading:0"; do
+until said=$("$cli" -s ./socket $as INFO 2>/dev/null) && printf '%s\n' "$said" | grep -q "^loading:0"; do
   if ! kill -0 "$child" 2>/dev/null; then  # lines that name a key are left out: it may be secret
     status=0; wait "$child" || status=$?; child=
     echo "the scratch server ended with status $status while it loaded it" >&2
-    reasons="module|[Vv]ersion|checksum|CRC|OOM|Bad file|Unexpected|EOF|more than [0-9]+ databases|xpected"
-    grep -a ' # ' log 2>/dev/null | grep -aE "$reasons" | grep -av "key '" | sed 's/^.* # //' | tail -n 4 >&2 || :
+    reasons="ACL errors|module|[Vv]ersion|checksum|CRC|OOM|Bad file|Unexpected|EOF|more than [0-9]+ databases|xpected"
+    grep -a ' # ' log 2>/dev/null | grep -aE "$reasons" | grep -av "key '" |
+      sed "s/^.* # //; s/ WARNING: ACL.*//; s|$PWD/||g; s|\./$file|$file|g; s/operation '[^-+][^']*'/an operation/g" | tail -n 4 >&2 || :
     exit 1
   fi
   sleep 0.1
@@ -55,6 +63,7 @@ if [ -n "$6" ]; then
   "$cli" -s ./socket SAVE >/dev/null
   cp dump.rdb "$6"
 fi
+[ -z "$as" ] || said=$("$cli" -s ./socket $as ACL LIST)
 printf '%s\n' "$said"
 """
 """Its socket lies in a folder that nobody else may enter, hence no password; it listens on no port."""
@@ -93,18 +102,36 @@ def load(
     is killed leaves its folder to the next load. Raises ``IntegrityError`` when the server cannot load it.
     """
     file = {"rdb": "dump.rdb", "aof": "appendonly.aof"}[form]
-    own = hashlib.sha256(marker(server.name).encode()).hexdigest()[:16]
-    argv = ["sh", "-euc", LOAD, "sh", server.server, server.cli, file, own, str(DATABASES), str(dump or "")]
-    try:
-        said = run(server.runtime, argv, chunks=chunks).decode(errors="replace")
-    except CommandFailed as error:
-        kind = Permanent if error.status == ABSENT else IntegrityError
-        raise kind(f"{server.name}: {error.stderr}") from error
-    finally:
-        run(server.runtime, ["sh", "-c", CLEAR, "sh", own])
+    said = _loaded(server, chunks, file, dump).decode(errors="replace")
     info = dict(line.split(":", 1) for line in said.splitlines() if ":" in line)
     return Loaded(
         databases=databases(info),
         expiring=databases(info, "expires"),
         server_version=info.get("valkey_version") or info["redis_version"],
     )
+
+
+def load_users(server: RedisServer, chunks: Iterable[bytes]) -> bytes:
+    """Load ``chunks``, the lines of an aclfile, as `load` does, and return them as ACL LIST then tells them."""
+    own = f"user scratch-{_own(server, 'users.acl')} ".encode()
+    lines = _loaded(server, chunks, "users.acl").split(b"\n")
+    return b"\n".join(line for line in lines if not line.startswith(own))
+
+
+def _loaded(
+    server: RedisServer, chunks: Iterable[bytes], file: str, dump: PurePosixPath | None = None
+) -> bytes:
+    own = _own(server, file)
+    argv = ["sh", "-euc", LOAD, "sh", server.server, server.cli, file, own, str(DATABASES), str(dump or "")]
+    try:
+        return run(server.runtime, argv, chunks=chunks)
+    except CommandFailed as error:
+        kind = Permanent if error.status == ABSENT else IntegrityError
+        raise kind(f"{server.name}: {error.stderr}") from error
+    finally:
+        run(server.runtime, ["sh", "-c", CLEAR, "sh", own])
+
+
+def _own(server: RedisServer, file: str) -> str:
+    """Return what the name of the scratch folder ends with, for a component and what it loads."""
+    return hashlib.sha256(f"{marker(server.name)} {file}".encode()).hexdigest()[:16]

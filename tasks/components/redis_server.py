@@ -40,6 +40,8 @@ class Layout:
     appendonly: bool | None
     appendfilename: str
     appenddirname: str
+    aclfile: PurePosixPath | None
+    """Where it takes its users from; ``None`` when there is no such file, or nobody says where."""
     version: str
 
     @property
@@ -90,6 +92,10 @@ class RedisServer(BaseComponent):
     """With ``data_dir``, all that a restore must know when the server is down or keeps CONFIG to itself."""
     appendfilename: FileName | None = None
     appenddirname: FileName | None = None
+    users: bool = True
+    """Whether the users of a server with an ``aclfile`` are backed up and restored with its data."""
+    aclfile: PurePosixPath | None = None
+    """That file, where the server lives; to be set where the server is down or keeps CONFIG to itself."""
 
     @model_validator(mode="after")
     def _tls_with_its_files(self) -> RedisServer:
@@ -104,25 +110,33 @@ class RedisServer(BaseComponent):
 
     def layout(self, info: dict[str, str]) -> Layout:
         """Return what the settings say, or else the server when it runs, or else its defaults."""
-        asked: dict[str, str] = {}
-        keys = ("dir", "dbfilename", "appendonly", "appendfilename", "appenddirname")
-        if "run_id" in info:
-            lines = self.ask(chunks=[f"CONFIG GET {key}\n".encode() for key in keys]).splitlines()
-            asked = {key: value for key, value in itertools.pairwise(lines) if key in keys}
+        keys = ("dir", "dbfilename", "appendonly", "appendfilename", "appenddirname", "aclfile")
+        asked = self.configured(*keys) if "run_id" in info else {}
         folder = self.data_dir or ("dir" in asked and PurePosixPath(asked["dir"]))
         if not folder:
             raise Permanent(
                 f"{self.name}: the server does not tell its folder (CONFIG GET dir); set data_dir"
             )
         appendonly = asked["appendonly"] == "yes" if "appendonly" in asked else None
+        aclfile = self.aclfile or asked.get("aclfile")
         return Layout(
             folder,
             self.dbfilename or asked.get("dbfilename", "dump.rdb"),
             appendonly if self.appendonly is None else self.appendonly,
             self.appendfilename or asked.get("appendfilename", "appendonly.aof"),
             self.appenddirname or asked.get("appenddirname", "appendonlydir"),
+            folder / aclfile if aclfile else None,  # the server has made `dir` its own folder
             info["redis_version"],
         )
+
+    def configured(self, *keys: str) -> dict[str, str]:
+        """Return what CONFIG GET says of each of ``keys``, of those that the server tells."""
+        lines = self.ask(chunks=[f"CONFIG GET {key}\n".encode() for key in keys]).splitlines()
+        return {key: value for key, value in itertools.pairwise(lines) if key in keys}
+
+    def has_aclfile(self) -> bool:
+        """Say whether the server, which runs, is known to take its users from a file."""
+        return bool(self.aclfile or self.configured("aclfile").get("aclfile"))
 
     def layout_to_restore(self) -> tuple[Layout, bool]:
         """Return the server's layout and whether it runs now; raise when a restore could not rely on it."""
@@ -245,11 +259,13 @@ class RedisServer(BaseComponent):
 
     def ask(self, *words: str, chunks: Sequence[bytes] = ()) -> str:
         """Return the answer to a command, or to those in ``chunks``; also an error, which redis-cli calls success."""
+        return self.ask_bytes(*words, chunks=chunks).decode(errors="replace")
+
+    def ask_bytes(self, *words: str, chunks: Sequence[bytes] = ()) -> bytes:
+        """Return what `ask` does as it came."""
         argv = ["timeout", f"{ANSWER_SECONDS}", *self.client(), *words]
         try:
-            return run(self.runtime, argv, chunks=chunks, env=self.client_environment()).decode(
-                errors="replace"
-            )
+            return run(self.runtime, argv, chunks=chunks, env=self.client_environment())
         except CommandFailed as error:
             if error.stderr.startswith("AUTH failed") or error.status in (126, 127):
                 raise Permanent(f"{self.name}: {self.cli}: {error.stderr}") from error
@@ -278,8 +294,11 @@ class RedisServer(BaseComponent):
 
     def sh(self, script: str, *words: object, chunks: Iterable[bytes] = ()) -> str:
         """Run a fixed script where the server lives, ``words`` being its ``$1``…, and return its stdout."""
-        argv = ["sh", "-euc", script, "sh", *map(str, words)]
-        return run(self.runtime, argv, chunks=chunks).decode(errors="replace")
+        return self.sh_bytes(script, *words, chunks=chunks).decode(errors="replace")
+
+    def sh_bytes(self, script: str, *words: object, chunks: Iterable[bytes] = ()) -> bytes:
+        """Return what `sh` does as it came."""
+        return run(self.runtime, ["sh", "-euc", script, "sh", *map(str, words)], chunks=chunks)
 
 
 def databases(info: Mapping[str, str], count: str = "keys") -> dict[str, int]:

@@ -90,6 +90,8 @@ class Staged:
     expires: int
     databases: dict[str, int]
     expiring: dict[str, int]
+    aclfile: str = ""
+    """Where the users go; empty when none are restored."""
 
     def difference(self, info: Mapping[str, str], *, just_restored: bool) -> str:
         """Say how what the server loaded differs from what was staged; nothing when it does not.

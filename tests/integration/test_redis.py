@@ -23,6 +23,7 @@ from tests.redis_servers import (
     back_up,
     cli,
     fill,
+    killed_at,
     replace_all,
     restore,
     same,
@@ -562,28 +563,6 @@ def test_versions_up_but_not_down(serve: Callable[..., Server], monkeypatch: pyt
         older.component().stage(restore(part, data))
     assert same(older.fingerprint(), before)
     older.component().revert(restore(part, data))
-
-
-SHIM = """#!/bin/sh
-n=$(($(cat {count}) + 1)); echo $n >{count}
-[ $n != {fatal} ] || kill -9 $PPID
-[ $n = {fatal} ] || exec {real} "$@"
-"""
-
-
-@contextlib.contextmanager
-def killed_at(folder: Path, fatal: int) -> Iterator[Path]:
-    """Within, the shell that runs the program number `fatal` of those that change files dies before it."""
-    shims, count = folder / f"shims-{fatal}", folder / "count"
-    shims.mkdir(exist_ok=True)
-    count.write_text("0")
-    for name in ("mv", "rm", "mkdir", "touch", "sync"):
-        text = SHIM.format(count=count, fatal=fatal, real=shutil.which(name, path="/usr/bin:/bin"))
-        (shims / name).write_text(text)
-        (shims / name).chmod(0o755)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PATH", str(shims), prepend=":")
-        yield count
 
 
 @pytest.mark.slow
