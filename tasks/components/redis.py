@@ -15,6 +15,7 @@ from pathlib import PurePosixPath
 from typing import Any, ClassVar, Literal
 
 from tasks.components.redis_aof import CHECK_AOF, length, read_aof, usable
+from tasks.components.redis_preflight import preflight_server
 from tasks.components.redis_rdb import CHECK_FILE, Passing, checked, read_through
 from tasks.components.redis_scratch import load
 from tasks.components.redis_server import USUAL_FOLDERS, Layout, RedisServer, databases, server_time
@@ -40,7 +41,7 @@ from tasks.components.redis_users import (
     read_users,
     stage_users,
 )
-from workers.component import NO_OPTIONS, Part, Restore, Source, part_name, plain_command
+from workers.component import NO_OPTIONS, Finding, Part, Restore, Source, part_name, plain_command
 from workers.errors import (
     BackupError,
     CommandFailed,
@@ -256,6 +257,9 @@ class Component(RedisServer):
         except BackupError:
             pass  # that no scratch server can be had says nothing about the backup
         return ""
+
+    def preflight(self) -> list[Finding]:
+        return preflight_server(self)
 
     def check(self, part: Part, chunks: Iterator[bytes]) -> None:
         """Have redis-check-rdb or redis-check-aof read it where the component lives.

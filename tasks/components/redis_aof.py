@@ -133,7 +133,9 @@ def try_to_pin(server: RedisServer, layout: Layout, pause: Iterator[None]) -> Pi
         return None
     if not sum(sizes) == end == length(now):
         if info.get("aof_rewrites") == "0":
-            server.ask("BGREWRITEAOF")
+            answer = server.ask("BGREWRITEAOF")
+            if answer.startswith("NOPERM"):
+                raise Permanent(f"{server.name}: the server refused BGREWRITEAOF: {answer.strip()}")
             return None
         if sum(sizes) < end:
             raise IntegrityError(

@@ -116,6 +116,51 @@ def test_a_refused_stream_says_why(server: Server) -> None:
         client.execute_command("ACL", "DELUSER", "reader")
 
 
+@pytest.mark.parametrize("method", ["file", "network", "aof"])
+def test_the_least_rights(server: Server, method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`preflight` changes nothing and names what a user lacks; with exactly what it says to type, backups work."""
+    monkeypatch.setenv("TEST_REDIS_PASSWORD", "least")
+    component = server.component(method=method, username="backup")
+    counters = ("rdb_last_save_time", "aof_rewrites", "sync_full", "total_forks")
+    with server.client() as client:
+        client.execute_command("ACL", "SETUSER", "backup", "on", ">least", "+info")
+        before = [client.info("all").get(counter) for counter in counters]
+        found = component.preflight()
+        [lacks] = [finding for finding in found if not finding.advice]
+        commands = {"file": "BGSAVE", "network": "REPLCONF", "aof": "BGSAVE"}[method]
+        assert f"the user backup may not run MODULE LIST, {commands}, CONFIG GET" in lacks.what
+        client.execute_command(*lacks.change.partition("   #")[0].split())
+        assert [finding.what for finding in component.preflight() if not finding.advice] == []
+        assert [client.info("all").get(counter) for counter in counters] == before
+    part, data = back_up(component)
+    component.check(part, iter([data]))
+    with server.client() as client:
+        client.execute_command("ACL", "DELUSER", "backup")
+
+
+def test_preflight_looks_at_all_that_a_restore_needs(server: Server, tmp_path: Path) -> None:
+    assert server.component().preflight() == []
+    found = {
+        "no program": server.component(server="no-such-program"),
+        "could not find the data folder while the server is down": server.component(data_dir=None),
+        "cannot be read": server.component(data_dir=tmp_path / "nowhere"),
+        "could not be restored to /nowhere/users.acl: its folder does not exist": server.component(
+            aclfile="/nowhere/users.acl"
+        ),
+    }
+    for what, component in found.items():
+        [finding] = component.preflight()
+        assert what in finding.what
+        assert finding.change
+        assert not finding.advice
+    with server.client() as client:
+        client.execute_command("ACL", "SETUSER", "app", "on", "nopass")
+        [finding] = server.component().preflight()
+        client.execute_command("ACL", "DELUSER", "app")
+    assert "the users app are in the server's configuration" in finding.what
+    assert finding.advice
+
+
 def test_a_replica(server: Server, tmp_path: Path) -> None:
     """It is backed up while it follows its primary, by both methods, and not when it has lost it."""
     replica = Server(

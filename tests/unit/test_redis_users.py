@@ -23,7 +23,7 @@ def test_killed_anywhere_the_file_converges(tmp_path: Path, killed: str, there: 
         argv = ["sh", "-euc", script, "sh", str(staging), str(aclfile)]
         return subprocess.run(argv, capture_output=True, check=False).returncode == 0
 
-    kills = 0
+    kills, ended = 0, False
     for fatal in range(1, 30):
         for end in [SWAP, REVERT] if killed == "swap" else [REVERT]:
             subprocess.run(["rm", "-rf", str(staging), str(aclfile.parent)], check=True)
