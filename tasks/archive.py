@@ -34,6 +34,8 @@ READABLE_VERSIONS = (1, 2)
 """Of version 1 are archives without encryption."""
 SUFFIX = ".tar.gz"
 SIDECAR_SUFFIX = ".metadata.json"
+SMALLEST = 1000
+"""Bytes that an archive has at least, as the runbook demands."""
 FOLDERS = ("full_system/", "components/")
 LATEST = "latest"
 """Means the newest full archive of a store."""
@@ -150,9 +152,25 @@ def archive_key(run: Run, settings: Settings) -> str:
     return f"components/{'+'.join(run.components)}_backup_{run.id}{suffix}"
 
 
+def require_size(key: str, size: int) -> None:
+    """Raise ``IntegrityError`` for an object of fewer bytes than an archive has at least."""
+    if size < SMALLEST:
+        raise IntegrityError(f"{key} has {size} bytes, an archive has at least {SMALLEST}")
+
+
 def is_archive(key: str) -> bool:
     """Say whether a store key is that of an archive, by its name."""
     return key.removesuffix(ENCRYPTED).endswith(SUFFIX)
+
+
+def is_ours(key: str) -> bool:
+    """Say whether a store key is where this system puts an archive; what others left in a folder further down is none."""
+    return key.startswith(FOLDERS) and key.count("/") == 1 and is_archive(key)
+
+
+def is_full(key: str) -> bool:
+    """Say whether a store key is that of an archive of the whole system, by its name."""
+    return is_ours(key) and key.startswith(FOLDERS[0])
 
 
 def bare(name: str) -> str:
@@ -197,10 +215,10 @@ def resolve(store: Store, name: str) -> str:
 
     Raises ``ObjectNotFound`` naming the newest archives there are.
     """
-    keys = [item.key for prefix in FOLDERS for item in store.list(prefix) if is_archive(item.key)]
+    keys = [item.key for prefix in FOLDERS for item in store.list(prefix) if is_ours(item.key)]
     keys.sort(key=lambda key: bare(key)[-15:])
     for key in reversed(keys):
-        if means(name, key) or (name == LATEST and key.startswith(FOLDERS[0])):
+        if means(name, key) or (name == LATEST and is_full(key)):
             return key
     with suppress(ObjectNotFound, IntegrityError, ValueError):
         return read_sidecar(store, name).key  # one of the runbook's, which lies anywhere
@@ -263,7 +281,7 @@ def read_parts(store: Store, key: str, parts: Sequence[Part]) -> Iterator[tuple[
     """
     from tasks import foreign
 
-    if any(part.codec != "zstd" for part in parts):  # none of ours, which are all in zstd
+    if foreign.record_of(store, key):
         yield from foreign.read_parts(store, key, parts)
         return
     wanted = {part.name: part for part in parts}

@@ -6,7 +6,6 @@ A file of theirs is a part itself, or a tar of such files: ``full_backup_*.tar.g
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
@@ -16,71 +15,21 @@ from typing import Any
 
 from tasks import archive
 from tasks.archive import Archive, Metadata, RunRecord
+from tasks.components import postgres_wal
 from tasks.components.foreign import describe_foreign, tree_for
+from tasks.components.foreign_base import describe_base
+from tasks.components.postgres_base import BASE, MANIFEST
+from tasks.foreign_forms import BESIDE, CONTAINER, Form, form_of, moment_of
 from tasks.tar_members import tar_members
 from workers import streams
 from workers.component import BaseComponent, Part
 from workers.errors import IntegrityError, ObjectNotFound, Permanent
 from workers.settings import Settings, get_settings
-from workers.storage import Store
+from workers.storage import Store, StoredObject
 from workers.streams import Digest
 
 JOB = "import"
 """Job of the run in the record of such an archive."""
-MOMENT = r"(?P<moment>\d{8}_\d{6})"
-CONTAINER = re.compile(rf"(full|postgres)_backup_{MOMENT}\.tar\.gz")
-BESIDE = ("metadata.json", "backup.log")
-EDGE = 4096
-
-
-@dataclass(frozen=True)
-class Form:
-    """One form of file that the runbook's scripts write."""
-
-    name: re.Pattern[str]
-    kind: str
-    """The kind of component it is of."""
-    part_kind: str
-    codec: str
-    begins: re.Pattern[bytes] | None = None
-    """What is in its first 4,096 plain bytes; a tar is read as one instead."""
-    ends: bytes = b""
-    """What is in its last 4,096."""
-
-
-FORMS = (
-    Form(
-        re.compile(rf"all_databases_{MOMENT}\.sql\.gz"),
-        "postgres",
-        "postgres-plain",
-        "gzip",
-        re.compile(rb"\A--\n-- PostgreSQL database cluster dump\n"),
-        b"-- PostgreSQL database cluster dump complete\n",
-    ),
-    Form(
-        re.compile(rf"(?P<database>.+)_{MOMENT}\.dump"),
-        "postgres",
-        "postgres-dump",
-        "none",
-        re.compile(rb"\APGDMP"),
-    ),
-    Form(
-        re.compile(rf"redis_{MOMENT}\.rdb\.gz"), "redis", "redis-rdb", "gzip", re.compile(rb"\AREDIS[0-9]{4}")
-    ),
-    Form(re.compile(rf"files_backup_{MOMENT}\.tar\.gz"), "files", "files-tar", "gzip"),
-    Form(re.compile(rf"config_{MOMENT}\.tar\.gz"), "config", "files-tar", "gzip"),
-)
-
-
-def looks_foreign(key: str) -> bool:
-    """Say whether a key has a name that the runbook's scripts give; full archives of ours have one of them, too."""
-    name = PurePosixPath(key).name
-    return bool(CONTAINER.fullmatch(name)) or form_of(name) is not None
-
-
-def form_of(name: str) -> Form | None:
-    """Return the form that a file's name says."""
-    return next((form for form in FORMS if form.name.fullmatch(name)), None)
 
 
 def members_of(key: str, chunks: Iterable[bytes]) -> Iterator[tuple[str, Iterator[bytes]]]:
@@ -140,16 +89,19 @@ def verify(store: Store, found: Archive) -> Metadata:
     return found.metadata
 
 
-def recognise(store: Store, key: str, components: Sequence[str]) -> Archive:
+def recognise(store: Store, item: StoredObject, components: Sequence[str]) -> Archive:
     """Read such an archive to its end and return the record of it; nothing of it is guessed.
 
     ``components`` are those that it may be of; by default, those of the settings of the right kind. Raises
-    ``IntegrityError`` for what is damaged or not what its name says, ``Permanent`` where no component, or more than
-    one, can be meant.
+    ``IntegrityError`` for what is damaged, smaller than any archive, or not what its name says, ``Permanent`` where no
+    component, or more than one, can be meant.
     """
-    settings = get_settings()
+    settings, key = get_settings(), item.key
+    archive.require_size(key, item.size)
     stored, parts = Digest(), list[Part]()
     said: dict[str, Any] = {}
+    named = moment_of(PurePosixPath(key).name, datetime.fromtimestamp(item.modified, UTC))
+    reader = Reader(store, key, named, settings, components)
     for name, chunks in members_of(key, stored.through(store.get(key))):
         if name == "metadata.json":
             said = _metadata(b"".join(chunks), key)
@@ -157,11 +109,9 @@ def recognise(store: Store, key: str, components: Sequence[str]) -> Archive:
             for _ in chunks:
                 pass
         else:
-            parts += _parts(name, chunks, settings, components, key)
+            parts += reader.parts(name, chunks)
     if not parts:
         raise IntegrityError(f"{key} holds nothing that the runbook's scripts write")
-    match = re.search(MOMENT, PurePosixPath(key).name)
-    named = datetime.strptime(f"{match['moment']}+0000", "%Y%m%d_%H%M%S%z") if match else parts[0].started
     moment = datetime.fromisoformat(said["backup_time"]).astimezone(UTC) if "backup_time" in said else named
     counts: dict[str, set[str]] = {}
     for part in parts:
@@ -181,70 +131,95 @@ def recognise(store: Store, key: str, components: Sequence[str]) -> Archive:
     )
 
 
-def _parts(
-    name: str, chunks: Iterable[bytes], settings: Settings, components: Sequence[str], key: str
-) -> list[Part]:
-    form = form_of(name)
-    match = form.name.fullmatch(name) if form else None
-    if form is None or match is None:
-        raise IntegrityError(f"{key} holds {name}, which no script of the runbook writes")
-    stored, plain = Digest(), Digest()
-    chunks = plain.through(
-        streams.decompress(stored.through(chunks), codec=form.codec, name=f"{name} in {key}")
-    )
-    if form.begins is None:
-        holds = describe_foreign(chunks)
+@dataclass(frozen=True)
+class Reader:
+    """Reads the files of one such archive, and what each of them is."""
+
+    store: Store
+    key: str
+    moment: datetime
+    """When it was made; a file may say otherwise of itself."""
+    settings: Settings
+    components: Sequence[str]
+    """Those that may be meant; all when it is empty."""
+
+    def parts(self, name: str, chunks: Iterable[bytes]) -> list[Part]:
+        """Read the stored ``chunks`` of a file to their end and return its record, for each component that it is of."""
+        form = form_of(name)
+        match = form.name.fullmatch(name) if form else None
+        if form is None or match is None:
+            raise IntegrityError(f"{self.key} holds {name}, which no script of the runbook writes")
+        stored, plain = Digest(), Digest()
+        where = f"{name} in {self.key}"
+        codec = "gzip" if name.endswith(".gz") else "none"
+        chunks = plain.through(streams.decompress(stored.through(chunks), codec=codec, name=where))
+        holds: dict[str, Any] = {}
+        if form.part_kind == BASE:
+            holds = self._base(form, chunks, where)
+        elif form.begins is None:
+            holds = describe_foreign(chunks)
+        else:
+            form.read_edges(chunks, where)
+            if "database" in match.groupdict():
+                holds = {"database": match["database"]}
         for _ in chunks:
             pass
-    else:
-        _check_edges(chunks, form, f"{name} in {key}")
-        holds = {"database": match["database"]} if "database" in match.groupdict() else {}
-    moment = datetime.strptime(f"{match['moment']}+0000", "%Y%m%d_%H%M%S%z")
-    return [
-        Part(
-            name=name,
-            component=component.name,
-            host=component.host,
-            kind=form.part_kind,
-            codec=form.codec,
-            size=stored.size,
-            sha256=stored.sha256,
-            plain_size=plain.size,
-            plain_sha256=plain.sha256,
-            started=moment,
-            finished=moment,
-            holds=holds,
-        )
-        for component in _meant(form, holds, settings, components, name)
-    ]
+        moment = moment_of(name, self.moment)
+        return [
+            Part(
+                name=name,
+                component=component.name,
+                host=component.host,
+                kind=form.part_kind,
+                codec=codec,
+                size=stored.size,
+                sha256=stored.sha256,
+                plain_size=plain.size,
+                plain_sha256=plain.sha256,
+                started=moment,
+                finished=moment,
+                holds=holds,
+            )
+            for component in self._meant(form, holds, name)
+        ]
+
+    def _base(self, form: Form, chunks: Iterable[bytes], where: str) -> dict[str, Any]:
+        (component,) = self._meant(form, {}, where)
+
+        def find_label(system: str, file: str) -> bytes:
+            found = postgres_wal.list_wal(self.store, component.name, system).files.get(file)
+            return b"".join(postgres_wal.read_wal(self.store, found.key)) if found else b""
+
+        try:
+            manifest = b"".join(self.store.get(str(PurePosixPath(self.key).with_name(MANIFEST))))
+        except ObjectNotFound:
+            manifest = None
+        return describe_base(chunks, name=where, manifest=manifest, find_label=find_label)
+
+    def _meant(self, form: Form, holds: dict[str, Any], name: str) -> list[BaseComponent]:
+        """Return the components that a file is of: of a tar of file trees, each that has a tree in it; else the only one."""
+        if form.kind != "files":
+            return [only_component(self.settings, form.kind, self.components, name)]
+        known = candidates(self.settings, form.kind, self.components)
+        if chosen := [component for component in known if _has_tree(component, holds)]:
+            return chosen
+        trees = ", ".join(holds["trees"]) or "nothing"
+        raise Permanent(f"{name} holds {trees}, which no component of the kind files has as its path")
 
 
-def _check_edges(chunks: Iterable[bytes], form: Form, name: str) -> None:
-    head = tail = b""
-    for chunk in chunks:
-        head += chunk[: EDGE - len(head)]
-        tail = (tail + chunk)[-EDGE:]
-    if form.begins and not form.begins.search(head):
-        raise IntegrityError(f"{name} does not begin as {form.part_kind} does")
-    if form.ends not in tail:
-        raise IntegrityError(f"{name} is cut short: it does not end with {form.ends.decode().strip()!r}")
+def candidates(settings: Settings, kind: str, components: Sequence[str]) -> list[BaseComponent]:
+    """Return the components of a kind, of those named when any is."""
+    known = [component for component in settings.components.values() if component.kind == kind]
+    return [component for component in known if not components or component.name in components]
 
 
-def _meant(
-    form: Form, holds: dict[str, Any], settings: Settings, components: Sequence[str], name: str
-) -> list[BaseComponent]:
-    """Return the components that a file is of: of a tar of file trees, each that has a tree in it; else the only one."""
-    known = [component for component in settings.components.values() if component.kind == form.kind]
-    chosen = [component for component in known if not components or component.name in components]
-    if form.kind == "files":
-        chosen = [component for component in chosen if _has_tree(component, holds)]
-        if not chosen:
-            trees = ", ".join(holds["trees"]) or "nothing"
-            raise Permanent(f"{name} holds {trees}, which no component of the kind files has as its path")
-    elif len(chosen) != 1:
-        names = ", ".join(component.name for component in known) or "none"
-        raise Permanent(f"{name} is of a component of the kind {form.kind} ({names}); say which: --component")
-    return chosen
+def only_component(settings: Settings, kind: str, components: Sequence[str], name: str) -> BaseComponent:
+    """Return the one component of a kind that ``name`` can be of. Raises ``Permanent`` for none, or several."""
+    chosen = candidates(settings, kind, components)
+    if len(chosen) != 1:
+        names = ", ".join(component.name for component in candidates(settings, kind, ())) or "none"
+        raise Permanent(f"{name} is of a component of the kind {kind} ({names}); say which: --component")
+    return chosen[0]
 
 
 def _has_tree(component: BaseComponent, holds: dict[str, Any]) -> bool:

@@ -234,14 +234,10 @@ def known_archives(table: str) -> tuple[list[Backup], list[str]]:
     store = open_store(store_settings(table))
     notes: list[str] = []
     if table == "store":
-        there = {
-            item.key
-            for prefix in archive.FOLDERS
-            for item in store.list(prefix)
-            if archive.is_archive(item.key)
-        }
+        there = {item.key for prefix in archive.FOLDERS for item in store.list(prefix)}
         rows = list(catalog.list_artifacts())
-        unknown = there - {row.key for row in (*rows, *_half_deleted(table))}
+        held = {row.key for row in (*rows, *_half_deleted(table))}
+        unknown = {key for key in there if archive.is_ours(key)} - held
         if unknown:
             notes.append(f"{len(unknown)} archives are not in the catalogue; see: ai-micro-backup rebuild")
         lost = [row.key for row in rows if row.key.startswith(archive.FOLDERS) and row.key not in there]

@@ -155,7 +155,7 @@ def _by_record(
     try:
         found = archive.parse_sidecar(b"".join(store.get(record)), record)
     except (ObjectNotFound, IntegrityError) as error:
-        if key is not None and key.startswith(archive.FOLDERS):
+        if key is not None and archive.is_ours(key):
             yield _read_inside(store, key, str(error))
         elif key is None:
             yield Found(record, None, f"belongs to no archive, and cannot be read: {error}")

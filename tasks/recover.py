@@ -81,6 +81,11 @@ def choose(found: Recoverable, asked: RestoreOptions, next_xids: Mapping[str, in
         base = _base(span, asked, next_xids)
         if base and (asked.to_time is None or span.timeline == live):
             return Choice(base, span.timeline)
+    for span in reversed(
+        spans
+    ):  # up to which time the WAL goes that no collection speaks of, the recovery will tell
+        if asked.to_time is not None and span.goes_on and (base := span.base_before(asked.to_time)):
+            return Choice(base, span.timeline)
     raise Permanent(f"a recovery {describe(asked)} is not possible; {_possible(spans)}")
 
 

@@ -18,6 +18,7 @@ from tasks.components.postgres_wal import (
     Range,
     Wal,
     covered,
+    goes_on,
     list_collections,
     list_systems,
     list_wal,
@@ -39,6 +40,8 @@ class Span:
     end_lsn: int
     start: datetime
     end: datetime
+    goes_on: bool = False
+    """Whether there is WAL after ``end``, of which nobody knows up to which time it goes."""
 
     def base_before(self, moment: datetime) -> BaseBackup | None:
         """Return the newest base backup from which ``moment`` can be reached."""
@@ -183,7 +186,8 @@ def _spans(
         last = _last_before(wal, timeline, collections, end)
         # What was collected before the base backup ended says nothing of it.
         taken = max(last.taken, found[-1].finished) if last else found[-1].finished
-        spans.append(Span(timeline, tuple(found), found[0].stop_lsn, end, found[0].finished, taken))
+        more = goes_on(wal, timeline, found[-1], collections)
+        spans.append(Span(timeline, tuple(found), found[0].stop_lsn, end, found[0].finished, taken, more))
     return spans
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from workers.errors import IntegrityError
 
@@ -12,17 +12,22 @@ CHUNK = 1 << 20
 
 
 def tar_members(
-    plain: Iterator[bytes], key: str, *, folders_too: bool = False
+    plain: Iterator[bytes],
+    key: str,
+    *,
+    folders_too: bool = False,
+    skip: Callable[[str], bool] = lambda _name: False,
 ) -> Iterator[tuple[str, Iterator[bytes]]]:
     """Yield the file name and the bytes of each member of a plain tar; see `read_members`.
 
-    With ``folders_too``, the entries of folders that other programs write are passed over.
+    With ``folders_too``, the entries of folders that other programs write are passed over, and those whose names
+    ``skip`` holds of.
     """
     folders, names = set[str](), set[str]()
     try:
         with tarfile.open(fileobj=_File(plain), mode="r|", bufsize=CHUNK) as tar:
             for member in tar:
-                if folders_too and member.isdir():
+                if (folders_too and member.isdir()) or skip(member.name):
                     continue
                 folder, _, name = member.name.rpartition("/")
                 folders.add(folder)

@@ -34,8 +34,6 @@ from workers.streams import Digest
 
 VERIFY, REHEARSE = "verify", "rehearse"
 """Names of the scheduled jobs, which verify the newest full archive: by its structure, and by restoring it."""
-SMALLEST = 1000
-"""Bytes that an archive has at least, as the runbook demands."""
 ON_HOSTS = ("structure", "restore")
 """The levels that work where the components are, under their leases; they do not go on beside a restore."""
 BAD = (IntegrityError, ComparisonError, ObjectNotFound)
@@ -85,7 +83,7 @@ def verify_archive(
 
 def _newest_full() -> str:
     for artifact in catalog.list_artifacts():
-        if artifact.key.startswith("full_system/"):
+        if archive.is_full(artifact.key):
             return artifact.key
     raise ObjectNotFound("there is no full archive to verify yet")
 
@@ -172,8 +170,7 @@ def compare_object(store: Store, key: str, *, progress: Progress | None) -> dict
     size = store.stat(key).size
     if size != record.size:
         raise IntegrityError(f"{key} has {size} bytes, recorded were {record.size}")
-    if size < SMALLEST:
-        raise IntegrityError(f"{key} has {size} bytes, an archive has at least {SMALLEST}")
+    archive.require_size(key, size)
     if progress is None:
         return {"bytes": size}
     digest = Digest()

@@ -23,6 +23,7 @@ from sqlmodel import SQLModel
 from workers import streams
 from workers.component import NO_OPTIONS, BaseComponent, Part, Restore, Source
 from workers.errors import IntegrityError, StoreUnavailable
+from workers.storage import StoredObject
 from workers.storage.local import LocalStore
 from workers.streams import Digest
 
@@ -140,9 +141,9 @@ def in_this_process() -> Iterator[None]:
         yield
 
 
-def recognise(store: LocalStore, key: str, _components: Sequence[str]) -> archive.Archive:
+def recognise(store: LocalStore, item: StoredObject, _components: Sequence[str]) -> archive.Archive:
     """Read a foreign archive to its end; of what it holds, which `tests/integration/test_imports.py` tests, say nothing."""
-    digest = Digest()
+    digest, key = Digest(), item.key
     for _ in digest.through(store.get(key)):
         pass
     run = archive.RunRecord(id="20250930_020000", job=foreign.JOB, started=STARTED, finished=STARTED)

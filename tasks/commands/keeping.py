@@ -93,7 +93,7 @@ def import_archives(
             for outcome in catalog.get_run(run_id).outcome.values():
                 refused = [f"{key}: {reason}" for key, reason in outcome["refused"].items()]
                 counts = f"{len(outcome['imported'])} imported, {len(outcome['known'])} known already"
-                _say(f"{counts}, {len(refused)} not recognised", refused)
+                _say(f"{counts}, {len(refused)} not imported", [*refused, *outcome["notes"]])
 
 
 def _say(line: str, notes: list[str]) -> None:

@@ -50,6 +50,8 @@ def _of_archive(key: str, store: str, proof: Proof, moment: datetime) -> dict[st
 
 def proven() -> dict[str, Any]:
     """Return the newest archive that was restored, and that was proven at all, and those damaged in any store."""
+    from tasks.archive import is_full
+
     moment, standing = catalog.now(), catalog.proofs(catalog.list_verifications())
     found: dict[str, Any] = {"restored": None, "proven": None, "damaged": []}
     for artifact in catalog.list_artifacts():
@@ -60,7 +62,7 @@ def proven() -> dict[str, Any]:
         if proof is None or proof.damaged:
             continue
         document = _of_archive(artifact.key, "store", proof, moment)
-        if artifact.key.startswith("full_system/") and proof.level in catalog.LEVELS[1:]:
+        if is_full(artifact.key) and proof.level in catalog.LEVELS[1:]:
             found["proven"] = found["proven"] or document
             if proof.level == "restore":
                 found["restored"] = found["restored"] or document

@@ -100,6 +100,7 @@ def show(
 
 def status(*, as_json: Json = False) -> None:
     """Show which hosts answer, what runs, the newest backup with its age, and what PostgreSQL can be brought back to."""
+    from tasks.archive import is_full
     from workers.app import app
     from workers.hosts import CONTROL, answering_queues, queue_of
     from workers.settings import get_settings
@@ -109,7 +110,7 @@ def status(*, as_json: Json = False) -> None:
         answering = answering_queues(app)
         hosts = {host: queue_of(host) in answering for host in settings.hosts}
         runs = [common.run_document(run) for run in catalog.list_runs(limit=10)]
-        newest = next((row for row in catalog.list_artifacts() if row.key.startswith("full_system/")), None)
+        newest = next((row for row in catalog.list_artifacts() if is_full(row.key)), None)
         points = recoverable()
         proofs = proven()
         warnings = unencrypted(settings, list(catalog.list_artifacts()))

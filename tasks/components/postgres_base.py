@@ -159,6 +159,10 @@ def checked(chunks: Iterable[bytes], holds: Mapping[str, Any]) -> Iterator[bytes
     """Yield the chunks of a base backup and raise ``IntegrityError`` at their end when they are not one."""
     contents = Contents()
     yield from contents.through(chunks)
+    if recorded := holds.get("contents_sha256"):  # of one that was imported: its manifest may lie elsewhere
+        if contents.sha256 != recorded:
+            raise IntegrityError("the base backup's files are not those that were recorded")
+        return
     if contents.manifest.sha256 != holds["manifest_sha256"]:
         raise IntegrityError("the base backup's manifest is not the one that was recorded")
     contents.require(contents.manifest, int(holds["segment_size"]))
@@ -265,6 +269,10 @@ class Contents:
         return self._tree.bytes
 
     @property
+    def sha256(self) -> str:
+        return contents_digest(self._tree.contents)
+
+    @property
     def label(self) -> bytes:
         return self._tree.kept.get(LABEL, b"")
 
@@ -304,6 +312,12 @@ class Contents:
             raise IntegrityError(
                 f"the base backup is not what its manifest says: {', '.join(differing[:SHOWN])}{more}"
             )
+
+
+def contents_digest(contents: Mapping[str, str]) -> str:
+    """Return the digest of a listing: of the names of files and their digests, whatever their order."""
+    lines = (f"{name}\0{digest}\n" for name, digest in sorted(contents.items()))
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
 def _path(file: Mapping[str, Any]) -> str:

@@ -143,7 +143,7 @@ class Recovery:
             self._sh(MAKE, self.staging)
             unpack(self.component.runtime, self.chain, self.restore.read, self.staging, programs)
             reached = self._recover(programs)
-            if lost := set(self.part.holds["databases"]) - set(reached.databases):
+            if lost := set(self.part.holds.get("databases", ())) - set(reached.databases):
                 raise ComparisonError(f"{self.part.name}: recovered without {', '.join(sorted(lost))}")
             try:
                 blocks = self._sh(CHECK_BLOCKS, programs, self.staging / "new/data").strip()
@@ -241,7 +241,9 @@ class Recovery:
             raise Permanent("a recovery needs the store that holds the WAL")
         system = str(part.holds["system_identifier"])
         wal = list_wal(store, self.component.name, system)
-        target = Target.of(self.options, list_collections(store, self.component.name, system), part.holds)
+        target = Target.of(
+            self.options, wal, list_collections(store, self.component.name, system), part.holds
+        )
         target.require_wal(wal, part.holds)
         timestamps, uid, gid = self._sh(ARRANGE, self.live, self.staging, programs).split()
         work = self.staging / "work"

@@ -10,7 +10,7 @@ from typing import Any, Self
 
 from tasks.components.postgres_options import RestoreOptions
 from tasks.components.postgres_segments import parse_lsn
-from tasks.components.postgres_wal import BaseBackup, Collection, Wal, missing
+from tasks.components.postgres_wal import BaseBackup, Collection, Wal, goes_on, missing
 from workers.errors import ComparisonError, Permanent
 from workers.secret import Strict
 
@@ -50,7 +50,9 @@ class Target:
     """The position after which no WAL is given, for a target at which no transaction follows."""
 
     @classmethod
-    def of(cls, options: RestoreOptions, collections: Sequence[Collection], holds: Mapping[str, Any]) -> Self:
+    def of(
+        cls, options: RestoreOptions, wal: Wal, collections: Sequence[Collection], holds: Mapping[str, Any]
+    ) -> Self:
         """Return the target that was asked for; without any it is the end of the base backup."""
         base = BaseBackup.of("", holds)
         timeline = options.timeline or base.timeline
@@ -66,6 +68,8 @@ class Target:
                 settings["recovery_target_time"] = options.to_time.isoformat(sep=" ")
             elif last:  # nothing was committed from there to the target: all the WAL is its state
                 need = until = max(need, last.end)
+            elif goes_on(wal, timeline, base, collections):  # PostgreSQL fails when it ends before the target
+                settings["recovery_target_time"] = options.to_time.isoformat(sep=" ")
             else:
                 raise Permanent(f"nothing that was collected reaches {options.to_time.isoformat()}")
         elif options.to_lsn:
@@ -87,7 +91,7 @@ class Target:
     def require_wal(self, wal: Wal, holds: Mapping[str, Any]) -> None:
         """Raise ``Permanent``, naming what is missing, unless all the WAL is there that the target is known to take."""
         base = BaseBackup.of("", holds)
-        if self.need <= base.stop_lsn:
+        if base.with_wal and self.need <= base.stop_lsn:
             return
         if names := missing(wal, self.timeline, base.needs_from, self.need):
             raise Permanent(

@@ -324,6 +324,16 @@ class BaseBackup:
         )
 
 
+def goes_on(wal: Wal, timeline: int, base: BaseBackup, collections: Sequence[Collection]) -> bool:
+    """Say whether there is WAL after a base backup that no collection speaks of: imported, or of one that did not end.
+
+    Nobody knows up to which time it goes before a server reads it.
+    """
+    ends = [one.end for one in collections if one.end <= wal.left_at(one.timeline, timeline)]
+    known = -(-max(base.stop_lsn, *ends, 0) // wal.segment_size) * wal.segment_size
+    return reach(wal, timeline, base.needs_from) > known
+
+
 def prunable(wal: Wal, kept: Sequence[BaseBackup], *, before: datetime) -> list[str]:
     """Return the keys of segments and backup labels that no base backup in ``kept`` needs and stored before ``before``.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import subprocess
 from collections.abc import Callable
 from pathlib import Path, PurePosixPath
@@ -91,6 +92,7 @@ def test_an_archive_of_the_runbook_is_imported_shown_and_restored(
 ) -> None:
     (tmp_path / "20250930/auth-keys").mkdir(parents=True)
     (tmp_path / "20250930/auth-keys/key").write_text("of 2025")
+    (tmp_path / "20250930/auth-keys/large").write_bytes(random.randbytes(2000))  # an archive has 1,000 bytes
     name = "files/files_backup_20250930_020000.tar.gz"
     (system.store / "files").mkdir()
     tar = ["tar", "-czf", str(system.store / name), "20250930"]
@@ -98,7 +100,7 @@ def test_an_archive_of_the_runbook_is_imported_shown_and_restored(
 
     done = system.cli("import", "files/")["outcome"]["store"]
 
-    assert done == {"ok": True, "imported": [name], "known": [], "refused": {}}
+    assert done == {"ok": True, "imported": [name], "known": [], "refused": {}, "notes": []}
     assert name in archives(system)
     assert system.cli("show", name)["parts"][0]["component"] == "keys"
     assert system.cli("restore", name, "--component", "keys", "--confirm", "keys")["state"] == "complete"

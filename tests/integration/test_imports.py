@@ -5,6 +5,8 @@ from __future__ import annotations
 import gzip
 import json
 import os
+import random
+import shutil
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,6 +19,7 @@ from tasks import archive
 from tasks.imports import take_in
 from tasks.prune import survey
 from tasks.rebuild import take_in as rebuild
+from tasks.verify import compare_object
 from tests.configured import configured
 from tests.conftest import Served
 from tests.postgres_servers import postgres_server as own_postgres
@@ -59,6 +62,8 @@ path = "{store}"
 [catalog]
 url = "sqlite:///{store}.sqlite"
 """
+NOISE = random.Random(1).randbytes(2000)
+DOCUMENT = NOISE.hex()
 FULL = f"full_system/full_backup_{NOW}.tar.gz"
 
 
@@ -84,7 +89,7 @@ def runbook(tmp_path_factory: pytest.TempPathFactory, postgres_server: Served, r
     folder = tmp_path_factory.mktemp("runbook")
     live, backups = folder / "live", folder / "backups"
     for path, text in {
-        "app/uploads/a/doc.txt": "document",
+        "app/uploads/a/doc.txt": DOCUMENT,
         "app/keys/private.pem": "key",
         "srv/api/.env": "SECRET=1",
         "srv/api/docker-compose.yml": "services: {}",
@@ -95,16 +100,21 @@ def runbook(tmp_path_factory: pytest.TempPathFactory, postgres_server: Served, r
     root.mkdir(parents=True)
     sh(
         """
+        psql() { "$BIN/psql" -q -h 127.0.0.1 -p $PGPORT -U postgres -d postgres "$@"; }
+        psql -c "CREATE TABLE runbook_import AS SELECT gen_random_uuid() FROM generate_series(1, 100)"
         "$BIN/pg_dumpall" -h 127.0.0.1 -p $PGPORT -U postgres > all_databases_$NOW.sql
         gzip all_databases_$NOW.sql
         "$BIN/pg_dump" -h 127.0.0.1 -p $PGPORT -U postgres -d postgres --format=custom --compress=9 --file=postgres_$NOW.dump
         mkdir ../../files; mkdir ../../files/20250930
         cp -a "$LIVE/app/uploads" ../../files/20250930/uploads
         cp -a "$LIVE/app/keys" ../../files/20250930/auth-keys
-        (cd ../../files; tar -czf "files_backup_$NOW.tar.gz" 20250930; rm -r 20250930)
+        (cd ../../files; tar -czf "files_backup_$NOW.tar.gz" 20250930) # and the folder stays
         cp ../../files/files_backup_$NOW.tar.gz .
         tar -czf config_$NOW.tar.gz -C "$LIVE/srv" --exclude=node_modules api/.env api/docker-compose.yml
         mkdir ../../postgres; cp all_databases_$NOW.sql.gz ../../postgres
+        "$BIN/pg_dump" -h 127.0.0.1 -p $PGPORT -U postgres -d postgres | gzip >../../postgres/postgres.sql.gz
+        psql -c "DROP TABLE runbook_import"
+        mkdir ../../postgres/20250930; cp postgres_$NOW.dump ../../postgres/20250930
         mkdir pg; mv postgres_$NOW.dump pg; (cd pg; tar -czf ../../../postgres/postgres_backup_$NOW.tar.gz .); rm -r pg
         """,
         root,
@@ -132,7 +142,7 @@ def runbook(tmp_path_factory: pytest.TempPathFactory, postgres_server: Served, r
   }
 }
 END
-        cd ..; tar -czf "full_backup_$NOW.tar.gz" $NOW; rm -r $NOW
+        cd ..; tar -czf "full_backup_$NOW.tar.gz" $NOW # and the folder stays
         """,
         root,
         NOW=NOW,
@@ -167,15 +177,30 @@ def test_all_that_the_runbook_writes_is_imported_listed_and_restored(
     store = open_store(settings.store)
     done = take_in(store, "", [], HELD)
 
-    assert done["refused"] == {}
+    unpacked = f"full_system/{NOW}"
+    reasons = {
+        "files/20250930/": "a copy of folders, of which files_backup_*.tar.gz is made: import that",
+        f"{unpacked}/backup.log": "it describes the files of a full backup",
+        f"{unpacked}/metadata.json": "it describes the files of a full backup",
+        # As a verification would say of them.
+        f"{unpacked}/config_{NOW}.tar.gz": "an archive has at least 1000",
+        f"{unpacked}/redis_{NOW}.rdb.gz": "an archive has at least 1000",
+    }
+    assert done["refused"].keys() == reasons.keys()
+    assert [key for key, reason in reasons.items() if reason not in done["refused"][key]] == []
     loose = [
         f"files/files_backup_{NOW}.tar.gz",
         f"postgres/all_databases_{NOW}.sql.gz",
         f"postgres/postgres_backup_{NOW}.tar.gz",
+        f"postgres/20250930/postgres_{NOW}.dump",
+        "postgres/postgres.sql.gz",
+        f"{unpacked}/files_backup_{NOW}.tar.gz",
+        f"{unpacked}/all_databases_{NOW}.sql.gz",
     ]
     assert sorted(done["imported"]) == sorted([FULL, *loose])
     rows = {row.key: row for row in catalog.list_artifacts()}
     assert rows.keys() == {FULL, *loose}
+    assert archive.resolve(store, "latest") == FULL, "not a file of it"
     assert f"{rows[FULL].created:%Y-%m-%d %H:%M}" == "2025-09-30 02:00", "its own time, in its own zone"
     metadata = archive.read_metadata(store, FULL)
     assert metadata.components == dict.fromkeys(("postgresql", "redis", "files", "config"), "1 files")
@@ -185,15 +210,18 @@ def test_all_that_the_runbook_writes_is_imported_listed_and_restored(
     }  # fmt: skip
     (dump,) = archive.read_metadata(store, loose[2]).parts
     assert (dump.kind, dump.holds) == ("postgres-dump", {"database": "postgres"})
+    (plain,) = archive.read_metadata(store, "postgres/postgres.sql.gz").parts
+    assert (plain.kind, plain.holds) == ("postgres-plain", {"database": "postgres"})
     for key in rows:
         archive.verify(store, key)
+        compare_object(store, key, progress=None)
 
     live = tmp_path / "live"
     for path in ("app/uploads/a/doc.txt", "app/keys/private.pem", "srv/api/.env"):
         (live / path).write_text("damaged")
     for name in ("uploads", "keys", "config"):
         restore(settings, FULL, name)
-    assert (live / "app/uploads/a/doc.txt").read_text() == "document"
+    assert (live / "app/uploads/a/doc.txt").read_text() == DOCUMENT
     assert (live / "app/keys/private.pem").read_text() == "key"
     assert (live / "srv/api/.env").read_text() == "SECRET=1"
     (live / "app/keys/private.pem").unlink()
@@ -209,10 +237,16 @@ def test_all_that_the_runbook_writes_is_imported_listed_and_restored(
 def test_what_is_damaged_or_unknown_is_named_and_not_imported(settings: Settings, tmp_path: Path) -> None:
     backups = tmp_path / "backups"
     plain = gzip.decompress((backups / f"postgres/all_databases_{NOW}.sql.gz").read_bytes())
+    for folder in ("files/20250930", f"full_system/{NOW}", "postgres/20250930"):
+        shutil.rmtree(backups / folder)
     bad = {
         f"postgres/all_databases_{NOW}.sql.gz": gzip.compress(plain[: len(plain) // 2]),
         "postgres/notes.txt": b"what is this",
-        "redis/redis_20250930_020000.rdb.gz": gzip.compress(b"no snapshot"),
+        "postgres/authdb.sql.gz": gzip.compress(b"--\n-- PostgreSQL database dump\n" + NOISE),
+        "redis/redis_20250930_020000.rdb.gz": gzip.compress(b"no snapshot" + NOISE),
+        "redis/aof/appendonly_20250930_020000.aof.gz": gzip.compress(NOISE),
+        "redis/aof/appendonly_20250930_030000.aof": b"*1\r\n",
+        "postgres/base_backup.tar.gz": (backups / f"files/files_backup_{NOW}.tar.gz").read_bytes(),
         "config/config_20250930_020000.tar.gz": (backups / f"files/files_backup_{NOW}.tar.gz").read_bytes()[:-40],
         FULL: (backups / FULL).read_bytes()[:-20],
     }  # fmt: skip
@@ -226,11 +260,15 @@ def test_what_is_damaged_or_unknown_is_named_and_not_imported(settings: Settings
     assert done["refused"].keys() == bad.keys()
     reasons = done["refused"]
     assert "is cut short" in reasons[f"postgres/all_databases_{NOW}.sql.gz"]
+    assert "is cut short" in reasons["postgres/authdb.sql.gz"]
     assert "does not begin as redis-rdb does" in reasons["redis/redis_20250930_020000.rdb.gz"]
+    assert "does not begin as redis-aof does" in reasons["redis/aof/appendonly_20250930_020000.aof.gz"]
+    assert "has 4 bytes, an archive has at least" in reasons["redis/aof/appendonly_20250930_030000.aof"]
+    assert "it holds no PG_VERSION" in reasons["postgres/base_backup.tar.gz"]
     assert "no name that the runbook's scripts give" in reasons["postgres/notes.txt"]
     assert {row.key for row in catalog.list_artifacts()} == set(done["imported"])
     written = {path for path in backups.rglob("*") if path.is_file()} - before
-    assert len(written) == len(done["imported"]) == 2
+    assert len(written) == len(done["imported"]) == 3
 
 
 def test_damage_after_the_import_is_found(settings: Settings, tmp_path: Path) -> None:
@@ -251,10 +289,10 @@ def test_where_several_components_could_be_meant_nothing_is_guessed(
     toml.write_text(toml.read_text() + other)
     with configured(toml) as found:
         store = open_store(found.store)
-        (reason,) = take_in(store, "full_system/", [], HELD)["refused"].values()
+        (reason,) = take_in(store, "full_system/full", [], HELD)["refused"].values()
         assert "of the kind redis (redis, redis2); say which: --component" in reason
         chosen = ["postgres", "redis2", "uploads", "keys", "config"]
-        assert take_in(store, "full_system/", chosen, HELD)["imported"] == [FULL]
+        assert take_in(store, "full_system/full", chosen, HELD)["imported"] == [FULL]
         parts = archive.read_metadata(store, FULL).parts
         assert [part.component for part in parts if part.kind == "redis-rdb"] == ["redis2"]
 
@@ -303,19 +341,27 @@ password = {{ file = {secret} }}
         ) == [("app", True)]
 
 
-def test_the_runbooks_keys_come_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("version", PROGRAMS)
+def test_the_runbooks_keys_come_back(version: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TEST_REDIS_PASSWORD", PASSWORD)
-    server = Server(tmp_path / "redis", next(iter(PROGRAMS.values())))
+    server = Server(tmp_path / "redis", PROGRAMS[version], appendonly="yes", aof_use_rdb_preamble="no")
     server.start()
     try:
         with server.client() as client:
             client.mset({f"session:{number}": number for number in range(500)})
             client.save()
-            kept = gzip.compress((server.data / "dump.rdb").read_bytes())
+            snapshot = (server.data / "dump.rdb").read_bytes()
+            client.set("later", "1")
+            written = b"".join(path.read_bytes() for path in sorted(server.data.rglob("*.aof")))
             client.flushall()
             client.set("other", "1")
         store = LocalStore(tmp_path / "backups")
-        store.put(f"redis/redis_{NOW}.rdb.gz", [kept])
+        keys = {
+            f"redis/20250930/redis_{NOW}.rdb.gz": (gzip.compress(snapshot), 500),
+            f"redis/aof/appendonly_{NOW}.aof.gz": (gzip.compress(written), 501),
+        }
+        for key, (content, _) in keys.items():
+            store.put(key, [content])
         component = server.component(name="redis")
         lines = f"""
 hosts = ["main"]
@@ -331,12 +377,21 @@ host = "main"
 """
         (tmp_path / "backup.toml").write_text(lines)
         with configured(tmp_path / "backup.toml") as settings:
-            key = f"redis/redis_{NOW}.rdb.gz"
-            assert take_in(store, "", [], HELD)["imported"] == [key]
+            assert take_in(store, "", [], HELD)["imported"] == sorted(keys)
             known = settings.model_copy(update={"components": {"redis": component}})
-            restore(known, key, "redis")
-        with server.client() as client:
-            assert client.dbsize() == 500
-            assert client.get("session:499") == b"499"
+            for key, (_, count) in keys.items():
+                (part,) = archive.read_metadata(store, key).parts
+                component.check(part, archive.read_part(store, key, part))
+                restore(known, key, "redis")
+                with server.client() as client:
+                    assert (client.dbsize(), client.get("session:499")) == (count, b"499")
+                    assert client.get("later") == (b"1" if count == 501 else None)
+                    client.set("other", "1")
+            torn = f"redis/aof/appendonly_{NOW}.aof"  # gzip was given the name of another second
+            store.put(torn, [written[:-3]])
+            take_in(store, "", [], HELD)
+            (part,) = archive.read_metadata(store, torn).parts
+            with pytest.raises(IntegrityError, match="redis-check-aof ended with status"):
+                component.check(part, archive.read_part(store, torn, part))
     finally:
         assert server.do("stop")

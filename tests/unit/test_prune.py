@@ -288,6 +288,7 @@ def test_what_is_half_deleted_can_be_named_to_end_that_and_is_not_imported_again
         "imported": [],
         "known": [],
         "refused": {key: "its deletion was begun; prune ends it"},
+        "notes": [],
     }
     store.delete(key)
     with pytest.raises(NotConfirmed, match=f"retention: {BEGUN}"):
