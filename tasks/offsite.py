@@ -18,9 +18,9 @@ from celery import Task
 
 from tasks import archive
 from tasks.proofs import drop_proofs
-from tasks.prune import keeps
 from tasks.runs import WORKFLOWS, Work, begin
 from tasks.step import perform
+from tasks.surveys import keeps
 from workers import catalog
 from workers.app import app
 from workers.catalog import Artifact, Copy, Kind, Run, State, Step

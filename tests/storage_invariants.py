@@ -13,6 +13,9 @@ from workers import catalog
 from workers.catalog import LEVELS, Run
 from workers.storage.local import LocalStore
 
+VERIFIED: set[str] = set()
+"""Digests of archives that were read and found whole."""
+
 
 def wrong(world: World, *, cut: bool = False) -> list[str]:
     """Return what contradicts an invariant now; of a list that was ``cut`` short, no run can know what it lacks."""
@@ -34,8 +37,9 @@ def _wrong_archives(store: LocalStore) -> Iterator[str]:
                 record = archive.parse_sidecar(b"".join(store.get(key)), key)
                 if offsite._sha256(store, record.key) != record.sha256:
                     yield f"{key} describes another archive"
-            elif key != FOREIGN:
+            elif key != FOREIGN and (digest := offsite._sha256(store, key)) not in VERIFIED:
                 archive.verify(store, key)
+                VERIFIED.add(digest)
         except Exception as error:  # noqa: BLE001 - whatever is wrong with it
             yield f"{key} looks like a backup and is none: {error!r}"
 

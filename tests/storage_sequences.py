@@ -32,7 +32,7 @@ from hypothesis.stateful import (
 from sqlalchemy import Engine, event
 from sqlmodel import SQLModel
 
-from tasks import archive, backup, offsite, proofs, prune, rebuild, restore, verify
+from tasks import archive, backup, offsite, proofs, prune, rebuild, restore, surveys, verify
 from tasks.rebuild import NOT_ARCHIVES
 from tasks.retention import Plan
 from tests.configured import configured
@@ -177,7 +177,9 @@ class Sequences(RuleBasedStateMachine):
         repaired = known - catalog_proven("offsite") & self.there["store"]
         self.look_at_copies(self.ended(offsite.copy_offsite.run()))
         for key in repaired & self.there["offsite"]:
-            if ("store", key) not in self.damaged and key in prune.keeps("offsite", catalog.list_artifacts()):
+            if ("store", key) not in self.damaged and key in surveys.keeps(
+                "offsite", catalog.list_artifacts()
+            ):
                 assert ("offsite", key) not in self.damaged, (
                     f"{key} was known to be damaged, and was not copied again"
                 )
@@ -188,7 +190,7 @@ class Sequences(RuleBasedStateMachine):
         new = there - self.there["offsite"]
         assert self.there["offsite"] <= there
         assert new <= self.there["store"]
-        assert not new & {decision.key for decision in prune.survey("offsite").plan.dropped}
+        assert not new & {decision.key for decision in surveys.survey("offsite").plan.dropped}
         self.there["offsite"] = there
         for key in there:
             if self.sha256("offsite", key) == self.made[key].sha256:
@@ -212,7 +214,7 @@ class Sequences(RuleBasedStateMachine):
     @rule()
     def prune(self) -> None:
         self.clock += timedelta(minutes=1)
-        foreseen = {table: prune.survey(table) for table in TABLES}
+        foreseen = {table: surveys.survey(table) for table in TABLES}
         best = {table: self.best(table) for table in TABLES}
         run = self.ended(prune.prune.run())
         assert run.state is State.COMPLETE, run.cause
@@ -221,7 +223,7 @@ class Sequences(RuleBasedStateMachine):
             assert dropped == [decision.key for decision in foreseen[table].plan.dropped]
             assert not best[table] & set(dropped), "it was the newest that is good, or that was proven"
             self.gone(table, *dropped)
-            assert not prune.survey(table).plan.dropped
+            assert not surveys.survey(table).plan.dropped
 
     @rule(days=st.sampled_from([-400, -3, 400]))
     def prune_while_the_clock_is_wrong(self, days: int) -> None:
@@ -269,7 +271,7 @@ class Sequences(RuleBasedStateMachine):
         assert key not in {row.key for row in rows}, "what is half deleted is no backup"
         if table == "store":
             self.there["store"].discard(key)
-            with mock.patch.object(prune, "decide", return_value=Plan([])):
+            with mock.patch.object(surveys, "decide", return_value=Plan([])):
                 assert self.ended(prune.prune.run()).outcome["store"]["dropped"] == [key]
         else:
             prune.remove(self.stores[table], table, key)

@@ -24,13 +24,14 @@ def prune(
     as_json: Json = False,
 ) -> None:
     """Delete the archives that retention does not keep."""
-    from tasks import prune as prunes
+    from tasks import surveys
+    from tasks.prune import prune as prune_stores
 
     with translated():
         if dry_run:
-            _show_plans({table: prunes.survey(table) for table in prunes.tables()}, as_json=as_json)
+            _show_plans({table: surveys.survey(table) for table in surveys.tables()}, as_json=as_json)
             return
-        run_id = common.send(prunes.prune)
+        run_id = common.send(prune_stores)
         common.follow(run_id, wait=wait, as_json=as_json)
         if not as_json:
             for table, outcome in catalog.get_run(run_id).outcome.items():

@@ -17,8 +17,8 @@ import redis
 
 from tasks import archive
 from tasks.imports import take_in
-from tasks.prune import survey
 from tasks.rebuild import take_in as rebuild
+from tasks.surveys import survey
 from tasks.verify import compare_object
 from tests.configured import configured
 from tests.conftest import Served

@@ -11,11 +11,11 @@ from typing import Any
 
 import pytest
 
-from tasks import prune, schedule
+from tasks import prune, schedule, surveys
 from tasks.components.postgres_incremental import LONGEST_CHAIN, names_and_sizes, newest_parent
-from tasks.prune import read_now
 from tasks.recoverable import base_backups
 from tasks.retention import Backup, decide
+from tasks.surveys import read_now
 from tests.configured import configured, write_settings
 from workers import catalog
 from workers.catalog import Artifact, Kind
@@ -83,7 +83,7 @@ def test_an_increment_without_what_it_needs_cannot_be_recovered_from() -> None:
 
 def test_retention_keeps_what_the_newest_increment_needs() -> None:
     rows = [base(0), first := base(1, base(0).key), base(2, base(0).key, first.key), base(3)]
-    backups = [prune.backup_of(row, None) for row in rows]
+    backups = [surveys.backup_of(row, None) for row in rows]
 
     def kept(*chosen: Backup) -> frozenset[str]:
         policy = {"p": RetentionPolicy(last=1)}

@@ -14,7 +14,8 @@ from tasks import archive
 from tasks.components import postgres_wal
 from tasks.components.postgres_segments import HEADER, LONG_HEADER, Segment
 from tasks.imports import take_in
-from tasks.prune import BEGUN, backup_of, delete, policies_of, prune_archives, read_now, survey
+from tasks.prune import delete, prune_archives
+from tasks.surveys import BEGUN, backup_of, policies_of, read_now, survey
 from tests.configured import configured, write_settings
 from workers import catalog, streams
 from workers.catalog import Artifact, Copy, Kind, Verification, database
