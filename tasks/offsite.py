@@ -171,6 +171,10 @@ class Copier:
         record = archive.sidecar_key(artifact.key)
         stored = _find(self.target, artifact.key)
         if stored and (stored.size != artifact.size or _sha256(self.target, artifact.key) != artifact.sha256):
+            if _sha256(self.source, artifact.key) != artifact.sha256:  # even damaged, it may be all there is
+                raise IntegrityError(
+                    f"{artifact.key} is not what was recorded, neither in the main store nor offsite; neither was touched"
+                )
             self.target.delete(record)
             self.target.delete(artifact.key)
             stored = None

@@ -170,6 +170,19 @@ def test_what_is_otherwise_offsite_is_replaced(world: World, content: bytes) -> 
     assert archive.read_sidecar(world.target, FULL).sha256 == artifact.sha256
 
 
+def test_a_damaged_copy_is_not_removed_for_a_damaged_archive(world: World) -> None:
+    artifact = world.add(FULL)
+    catalog.add_copy(world.copier().archive(artifact))
+    for store in (world.source, world.target):
+        store.delete(FULL)
+        store.put(FULL, [b"ARCHIVE " * 1000])
+
+    with pytest.raises(IntegrityError, match="neither was touched"):
+        world.copier().archive(artifact)
+    assert b"".join(world.target.get(FULL)) == b"ARCHIVE " * 1000
+    assert world.copied() == [RECORD, FULL]
+
+
 def test_what_an_ended_attempt_copied_whole_is_not_copied_again(world: World) -> None:
     artifact = world.add(FULL)
     world.target.put(FULL, [b"archive " * 1000])
