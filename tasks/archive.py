@@ -79,13 +79,13 @@ class Archive(Strict):
 @app.task(bind=True, name="tasks.archive.assemble")
 def assemble(self: Task[Any, Any], run_id: str) -> dict[str, Any]:
     """Put the parts of a run into its archive, commit that and its metadata, and return the artifact's record."""
+    from tasks.config_changes import record_changes
 
     def work(lease: Lease) -> dict[str, Any]:
-        progress = Progress(self, "archive")
+        progress, steps = Progress(self, "archive"), catalog.steps_of(run_id, "backup")
+        record_changes(run_id, steps)
         with progress.reporting():
-            archive = write_archive(
-                catalog.get_run(run_id), catalog.steps_of(run_id, "backup"), lease, progress
-            )
+            archive = write_archive(catalog.get_run(run_id), steps, lease, progress)
         return {"artifact": artifact_of(archive).model_dump(mode="json")}
 
     return perform(self, f"run-{run_id}", work)

@@ -68,5 +68,8 @@ def backup_log(run: Run, steps: Sequence[Step], metadata: Metadata) -> str:
         lines.extend(
             (part.finished, f"{part.component} on {part.host}: warning: {text}") for text in part.remarks
         )
+    for component, change in run.outcome.get("changes", {}).items():
+        told = [f"{component}: changed since {change['since']}:", *change["lines"]]
+        lines.extend((metadata.run.finished, line) for line in told)
     lines.append((metadata.run.finished, "all components done; archive follows"))
     return "".join(f"{time:%Y-%m-%dT%H:%M:%SZ} {text}\n" for time, text in sorted(lines, key=itemgetter(0)))

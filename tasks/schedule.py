@@ -9,6 +9,7 @@ from functools import partial
 from celery.schedules import crontab
 
 from tasks.backup import FULL_SYSTEM, backup_full_system
+from tasks.config_changes import recorded
 from tasks.offsite import OFFSITE, copy_offsite
 from tasks.prune import PRUNE, prune
 from tasks.recoverable import base_backups
@@ -16,7 +17,7 @@ from tasks.verify import REHEARSE, VERIFY, verify_archive
 from tasks.wal import COLLECT_WAL, collect_wal, wal_components
 from workers import catalog
 from workers.app import app
-from workers.catalog import State, now
+from workers.catalog import Artifact, Kind, Run, State, now
 from workers.sections import parse_cron
 from workers.settings import Settings, get_settings
 
@@ -86,27 +87,38 @@ def _start_rehearsals(*, job: str, scheduled_at: str) -> str | None:
 @app.task(name="tasks.schedule.look_at")
 def look_at(component: str) -> None:
     """Look, on its host, whether a watched component changed, and pass its digest on to the control workers."""
-    start_if_changed.delay(component, get_settings().components[component].content_digest())
+    looked = now().isoformat()
+    start_if_changed.delay(component, get_settings().components[component].content_digest(), looked)
 
 
 @app.task(name="tasks.schedule.start_if_changed")
-def start_if_changed(component: str, content_sha256: str) -> str | None:
-    """Start a backup of a watched component, and return its run's id, unless its newest backup has this digest."""
-    if content_sha256 == newest_digest(component) or any(
-        component in run.components for run in catalog.list_runs(state=State.RUNNING)
-    ):
+def start_if_changed(component: str, content_sha256: str, looked: str) -> str | None:
+    """Start a backup of a watched component, and return its run's id, unless its newest backup has this digest.
+
+    Only backups of it alone count, since retention drops those of the whole system sooner. A backup of other
+    components, too, may take hours, and is not waited for; a restore is. A look at a time (ISO 8601) before the newest
+    backup tells nothing: it waited for a worker.
+    """
+    newest = newest_alone(component)
+    if newest and recorded(newest, component).get("content_sha256") == content_sha256:
+        return None
+    if newest and newest.created > datetime.fromisoformat(looked):
+        return None
+    if any(_holds_up(run, component) for run in catalog.list_runs(state=State.RUNNING)):
         return None
     run_id: str | None = backup_full_system([component], job=f"{component}-changed")
     return run_id
 
 
-def newest_digest(component: str) -> str | None:
-    """Return the content digest in the newest backup of a component, ``None`` when there is no backup of it."""
+def _holds_up(run: Run, component: str) -> bool:
+    return run.kind is Kind.RESTORE or (run.kind is Kind.BACKUP and list(run.components) == [component])
+
+
+def newest_alone(component: str) -> Artifact | None:
+    """Return the newest backup of a component alone, ``None`` when there is none."""
     for artifact in catalog.list_artifacts():
-        for part in artifact.details["parts"]:
-            if part["component"] == component:
-                digest: str | None = part["holds"].get("content_sha256")
-                return digest
+        if {part["component"] for part in artifact.details["parts"]} == {component}:
+            return artifact
     return None
 
 

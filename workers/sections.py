@@ -248,7 +248,7 @@ class ScheduleSettings(Strict):
     """When the newest full archive is read and each part of it checked by its format."""
     rehearse: Cron | None = "0 6 * * 0"
     """When it is restored in scratch places and compared, and the newest base backup of each PostgreSQL server as well."""
-    config_watch_seconds: float = Field(default=300, ge=1)
+    config_watch_seconds: float = Field(default=240, ge=1)
     """How often each ``config`` component is looked at for changes."""
     watchdog_seconds: float = Field(default=30, ge=1)
 

@@ -130,6 +130,9 @@ def _show_outcome(outcome: dict[str, Any]) -> None:
         )
     if start := outcome.get("start"):
         console.print(f"start it {start}", highlight=False)
+    for component, change in outcome.get("changes", {}).items():
+        lines = [f"{component} changed since {change['since']}:", *change["lines"]]
+        console.print("\n".join(lines), markup=False, highlight=False, soft_wrap=True)
     for line in outcome.get("warnings", []):
         console.print(f"warning: {line}", markup=False, highlight=False, soft_wrap=True)
     if ill := outcome.get("ill"):

@@ -1,27 +1,31 @@
 """What differs between two versions of configuration files, told without a single value of them.
 
-Names of files and of keys are shown, values never: what is a secret cannot be told from what is none. Nothing is
-recorded for it in `metadata.json`, since digests of single values that are easily guessed would give them away;
-so a difference is made on demand, where the archives can be read.
+Names of files and of keys are shown, values never: what is a secret cannot be told from what is none. No digest of a
+single value is recorded anywhere, since one that is easily guessed would be given away by it; so the keys are compared
+where both archives can be read, and the files alone, by what is recorded of them, where they cannot.
 """
 
 from __future__ import annotations
 
+import configparser
 import hashlib
 import io
 import json
 import re
 import tarfile
 import tomllib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import yaml
 from dotenv.parser import parse_stream
 
 LARGE = 1 << 20
 """Bytes of a file that are looked into; a larger one is compared as a whole."""
-KEY = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,63}")
+KEY = re.compile(r"[A-Za-z_][A-Za-z0-9_-]{0,63}")
+VALUES = 50_000
+"""How many values a file may have; YAML's references can make millions of a few lines."""
 Keys = dict[str, str]
 """The digest of each value by the path of its key; they never leave this module."""
 
@@ -50,6 +54,12 @@ def read_versions(chunks: Iterable[bytes]) -> dict[str, Version]:
             small = file is not None and len(text) <= LARGE
             found[member.name] = Version(member.mode & 0o7777, digest.hexdigest(), text if small else None)
     return found
+
+
+def recorded_versions(holds: Mapping[str, Any]) -> dict[str, Version]:
+    """Return the files by what the record of a part says of them: enough to tell which ones changed, not how."""
+    modes, contents = holds.get("modes", {}), holds.get("contents", {})
+    return {name: Version(int(modes[name], 8), content) for name, content in contents.items()}
 
 
 def diff(old: Mapping[str, Version], new: Mapping[str, Version]) -> list[str]:
@@ -86,18 +96,11 @@ def _keys(name: str, text: bytes | None) -> Keys | None:
     """Return the keys of a file, ``None`` where its format is not known or not kept."""
     if text is None:
         return None
-    base = name.rpartition("/")[2]
+    read = next((read for pattern, read in READERS if pattern.search(name)), None)
     try:
-        decoded = text.decode()
-        if base.startswith(".env") or base.endswith(".env"):
-            return _env_keys(decoded)
-        if base.endswith(".json"):
-            return dict(_paths(json.loads(decoded)))
-        if base.endswith(".toml"):
-            return dict(_paths(tomllib.loads(decoded)))
-    except (ValueError, RecursionError):
-        pass  # not what its name says: compared as a whole
-    return None
+        return read(text.decode()) if read else None
+    except (ValueError, RecursionError, yaml.YAMLError, configparser.Error):
+        return None  # not what its name says: compared as a whole
 
 
 def _env_keys(text: str) -> Keys:
@@ -118,20 +121,55 @@ def _env_keys(text: str) -> Keys:
     return keys
 
 
-def _paths(value: Any, path: str = "") -> Iterator[tuple[str, str]]:
-    """Yield the path of each value; keys that are no plain names may hold anything, and count with their values."""
-    if isinstance(value, dict) and value and all(KEY.fullmatch(key) for key in value):
+def _ini_keys(text: str) -> Keys:
+    parser = configparser.RawConfigParser()
+    parser.read_string(text)
+    # The last line of a broken value in base64 would be a key with an empty value.
+    return _paths({name: {key: it or None for key, it in keys.items()} for name, keys in parser.items()})
+
+
+def _paths(value: Any) -> Keys:
+    left, seen = [value], 0
+    while left:
+        here, seen = left.pop(), seen + 1
+        if isinstance(here, (dict, list)):
+            left += here.values() if isinstance(here, dict) else here
+        if seen + len(left) > VALUES:
+            raise ValueError(f"more than {VALUES} values")
+    return dict(_walk(value))
+
+
+def _walk(value: Any, path: str = "") -> Iterator[tuple[str, str]]:
+    """Yield the path of each value. A mapping counts as one value when it has keys that may be something else.
+
+    That is what is no plain name, and a key without a value: ``{hunter2}`` is one in YAML.
+    """
+    if isinstance(value, dict) and value and all(map(_is_key, value, value.values())):
         for key, below in value.items():
-            yield from _paths(below, f"{path}.{key}" if path else key)
+            yield from _walk(below, f"{path}.{key}" if path else key)
     elif isinstance(value, list) and value:
         for index, below in enumerate(value):
-            yield from _paths(below, f"{path}[{index}]")
+            yield from _walk(below, f"{path}[{index}]")
     else:
         yield path or "(all of it)", _sha256(value)
 
 
+def _is_key(key: object, value: object) -> bool:
+    return isinstance(key, str) and value is not None and KEY.fullmatch(key) is not None
+
+
 def _sha256(value: Any) -> str:
     return hashlib.sha256(repr(value).encode(errors="surrogatepass")).hexdigest()
+
+
+READERS: tuple[tuple[re.Pattern[str], Callable[[str], Keys]], ...] = (
+    (re.compile(r"(^|/)\.env[^/]*$|\.env$"), _env_keys),
+    (re.compile(r"\.json$"), lambda text: _paths(json.loads(text))),
+    (re.compile(r"\.toml$"), lambda text: _paths(tomllib.loads(text))),
+    (re.compile(r"\.ya?ml$"), lambda text: _paths(yaml.safe_load(text))),
+    (re.compile(r"\.(ini|cfg)$"), _ini_keys),
+)
+"""What finds the keys of a file, by its name."""
 
 
 class _Joined(io.RawIOBase):

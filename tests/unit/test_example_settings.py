@@ -55,7 +55,7 @@ def test_the_schedule_is_the_runbooks(settings: Settings) -> None:
         "uploads": "0 14 * * *",
         "keys": "0 14 * * *",
     }
-    assert settings.schedule.config_watch_seconds == 300
+    assert settings.schedule.config_watch_seconds == 240
 
 
 def test_secrets_are_named_and_not_contained(settings: Settings) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 from datetime import UTC, datetime, timedelta
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, cast
 
 import pytest
@@ -15,6 +15,7 @@ from tasks.components import postgres_wal
 from tasks.components.postgres_segments import HEADER, LONG_HEADER, Segment
 from tasks.imports import take_in
 from tasks.prune import delete, prune_archives
+from tasks.retention import decide
 from tasks.surveys import BEGUN, backup_of, policies_of, read_now, survey
 from tests.configured import configured, write_settings
 from workers import catalog, streams
@@ -64,6 +65,26 @@ url = "sqlite:///{tmp_path}/catalog.sqlite"
 """
     with configured(write_settings(tmp_path, more=more)) as found:
         yield found
+
+
+def test_every_version_of_the_configuration_is_kept_for_ever(tmp_path: Path) -> None:
+    with configured(write_settings(tmp_path)) as found:
+        weeks = range(500)
+        rows = [artifact(f"components/{week}.tar.gz", ("settings", "config")) for week in weeks]
+        rows += [
+            artifact(f"full_system/{week}.tar.gz", ("settings", "config"), ("keys", "tree")) for week in weeks
+        ]
+        for row in rows:
+            row.created += timedelta(weeks=int(PurePosixPath(row.key).name.removesuffix(".tar.gz")))
+        now = START + timedelta(weeks=500)
+        plan = decide(
+            [backup_of(row, None) for row in rows],
+            lambda backup: policies_of(backup, found, found.retention),
+            now,
+        )
+    kept = [key for key in plan.kept if key.startswith("components/")]
+    assert len(kept) == 500
+    assert 0 < len(plan.kept) - len(kept) < 10
 
 
 @pytest.mark.parametrize(

@@ -250,8 +250,10 @@ def test_over_two_weeks_every_time_has_one_run_however_late_or_often_it_is_sent(
 def test_a_watched_component_is_backed_up_when_it_changed(
     begun: list[Run], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def artifact(digest: str, hour: int) -> None:
-        details: dict[str, Any] = {"parts": [{"component": "settings", "holds": {"content_sha256": digest}}]}
+    def artifact(digest: str, hour: int, *others: str) -> None:
+        parts = [{"component": "settings", "holds": {"content_sha256": digest}}]
+        parts += [{"component": other, "holds": {}} for other in others]
+        details: dict[str, Any] = {"parts": parts}
         catalog.add_artifact(
             catalog.Artifact(
                 key=f"components/{hour}", run_id=str(hour), job="j", size=1, sha256="f", details=details,
@@ -259,8 +261,9 @@ def test_a_watched_component_is_backed_up_when_it_changed(
             )
         )  # fmt: skip
 
-    def looked(digest: str) -> str | None:
-        run_id: str | None = schedule.start_if_changed("settings", digest)
+    def looked(digest: str, hour: int = 23) -> str | None:
+        when = datetime(2026, 11, 22, hour, tzinfo=UTC).isoformat()
+        run_id: str | None = schedule.start_if_changed("settings", digest, when)
         return run_id
 
     first = looked("a")
@@ -271,5 +274,18 @@ def test_a_watched_component_is_backed_up_when_it_changed(
     assert looked("a") is None
     artifact("b", 2)
     assert looked("b") is None
-    assert looked("a"), "it is what it was before, but the newest backup is another"
-    assert [run.components for run in begun] == [["settings"], ["settings"]]
+    assert looked("a", hour=1) is None, "an older look waited for a worker"
+    again = looked("a")
+    assert again, "it is what it was before, but the newest backup is another"
+    catalog.finish_run(again)
+    artifact("c", 3, "keys")
+    full = catalog.open_run(Kind.BACKUP, job="full_system", components=["keys", "settings"])
+    assert full
+    alone = looked("c")
+    assert alone, "the archive of the whole system is not kept as long, and another one is being made"
+    for run_id in (alone, full.id):
+        catalog.finish_run(run_id)
+    restore = catalog.open_run(Kind.RESTORE, job="manual", components=["keys"])
+    assert restore
+    assert looked("d") is None, "a backup would be refused"
+    assert [run.components for run in begun] == [["settings"]] * 3
