@@ -3,16 +3,28 @@
 from __future__ import annotations
 
 import json
+import time
+from dataclasses import dataclass
 from typing import Annotated, Any
 
 import typer
-from celery.exceptions import TimeoutError as NoAnswer
 from rich.markup import escape
 
 from tasks.commands.common import Exit, Json, console, translated
 from workers.errors import Permanent
 
 SECONDS_TO_ANSWER = 60
+SECONDS_TO_LOOK = 5
+"""After these, a host that no worker answers for is not waited for any more."""
+PAUSE_SECONDS = 0.1
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A task that was sent, and the queue it waits in."""
+
+    result: Any
+    queue: str
 
 
 def preflight(
@@ -46,13 +58,8 @@ def _ask_hosts(names: list[str] | None) -> dict[str, list[dict[str, Any]] | None
         raise Permanent(f"there is no component {', '.join(unknown)}; there are {', '.join(known)}")
     with app.connection_for_write() as connection:
         connection.ensure_connection(max_retries=2)
-    asked = {
-        name: check_component.apply_async(
-            (name,), queue=queue_of(known[name].host), shadow=f"preflight {name}", expires=SECONDS_TO_ANSWER
-        )
-        for name in chosen
-    }
-    return _answers(asked)
+    places = {name: ((name,), queue_of(known[name].host)) for name in chosen}
+    return _answers({name: _ask(check_component, name, *place) for name, place in places.items()})
 
 
 def _ask_stores() -> dict[str, list[dict[str, Any]] | None]:
@@ -65,24 +72,32 @@ def _ask_stores() -> dict[str, list[dict[str, Any]] | None]:
     places = [("store", f"store@{host}", queue_of(host)) for host in settings.hosts]
     places += [("store", "store@control", CONTROL)]
     places += [("offsite", "offsite@control", CONTROL)] if settings.offsite else []
-    return _answers(
-        {
-            name: check_store.apply_async(
-                (table,), queue=queue, shadow=f"preflight {name}", expires=SECONDS_TO_ANSWER
-            )
-            for table, name, queue in places
-        }
-    )
+    return _answers({name: _ask(check_store, name, (table,), queue) for table, name, queue in places})
 
 
-def _answers(asked: dict[str, Any]) -> dict[str, list[dict[str, Any]] | None]:
-    found: dict[str, list[dict[str, Any]] | None] = {}
-    for name, result in asked.items():
-        try:
-            found[name] = result.get(timeout=SECONDS_TO_ANSWER, interval=0.1)
-        except NoAnswer:
-            found[name] = None
-    return found
+def _ask(task: Any, name: str, args: tuple[str, ...], queue: str) -> Asked:
+    result = task.apply_async(args, queue=queue, shadow=f"preflight {name}", expires=SECONDS_TO_ANSWER)
+    return Asked(result, queue)
+
+
+def _answers(asked: dict[str, Asked]) -> dict[str, list[dict[str, Any]] | None]:
+    """Return what each task returned, ``None`` for one that nobody did in time.
+
+    The tasks are polled: waiting for a result that never comes leaves it to the end of the interpreter, which complains.
+    """
+    from workers.app import app
+    from workers.hosts import answering_queues
+
+    waiting, began, looked = dict(asked), time.monotonic(), False
+    while waiting and time.monotonic() < began + SECONDS_TO_ANSWER:
+        waiting = {name: one for name, one in waiting.items() if not one.result.ready()}
+        if waiting and not looked and time.monotonic() > began + SECONDS_TO_LOOK:
+            looked = True
+            there = answering_queues(app, timeout=SECONDS_TO_LOOK)
+            waiting = {name: one for name, one in waiting.items() if one.queue in there}
+        elif waiting:
+            time.sleep(PAUSE_SECONDS)
+    return {name: one.result.get() if one.result.ready() else None for name, one in asked.items()}
 
 
 def _show(found: dict[str, list[dict[str, Any]] | None]) -> None:
