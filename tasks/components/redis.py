@@ -7,7 +7,6 @@ from the sources of Redis 6.2 and 7.0 (``rdb.c``, ``aof.c``, ``redis-check-rdb.c
 from __future__ import annotations
 
 import json
-import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
@@ -15,10 +14,11 @@ from pathlib import PurePosixPath
 from typing import Any, ClassVar, Literal
 
 from tasks.components.redis_aof import CHECK_AOF, length, read_aof, usable
+from tasks.components.redis_by_hand import instructions
 from tasks.components.redis_preflight import preflight_server
 from tasks.components.redis_rdb import CHECK_FILE, Passing, checked, read_through
 from tasks.components.redis_scratch import load
-from tasks.components.redis_server import USUAL_FOLDERS, Layout, RedisServer, databases, server_time
+from tasks.components.redis_server import AOF, RDB, USUAL_FOLDERS, Layout, RedisServer, databases, server_time
 from tasks.components.redis_snapshot import read_file, read_network
 from tasks.components.redis_swap import (
     ARRANGE,
@@ -41,7 +41,7 @@ from tasks.components.redis_users import (
     read_users,
     stage_users,
 )
-from workers.component import NO_OPTIONS, Finding, Part, Restore, Source, part_name, plain_command
+from workers.component import NO_OPTIONS, Finding, Part, Restore, Source, part_name
 from workers.errors import (
     BackupError,
     CommandFailed,
@@ -50,8 +50,6 @@ from workers.errors import (
     Permanent,
     RuntimeUnavailable,
 )
-
-RDB, AOF = "redis-rdb", "redis-aof"
 
 SIZE = 'wc -c <"$1"'
 
@@ -113,39 +111,8 @@ class Component(RedisServer):
         return [*lines, plan_users(self, users)] if users else lines
 
     def by_hand(self, parts: Sequence[Part]) -> str:
-        part = self._part(parts)
-        file = self.dbfilename or "dump.rdb"
-        holds = f"The snapshot holds {part.holds.get('keys', 'an unknown number of')} keys. A server with"
-        note = (
-            f"{holds} `appendonly yes` does not read it: start it with `appendonly no`, then turn it on again with "
-            "`CONFIG SET appendonly yes`."
-        )
-        folder = f"{self.data_dir or '/data'}" if self.container else "<data folder of Redis>"
-        if part.kind == AOF:
-            file = self.appendfilename or "appendonly.aof"
-            note = (
-                f"{holds.replace('snapshot', 'append-only file')} `appendonly no` does not read it: start it with "
-                f"`appendonly yes`. From 7.0 on, remove the folder `{self.appenddirname or 'appendonlydir'}` beside it "
-                "first: the server makes it anew."
-            )
-        unpack = f"{plain_command(part)} >"
-        if self.container:
-            place = shlex.quote(f"{self.container}:{folder}/{file}")
-            container, name = shlex.quote(self.container), shlex.quote(file)
-            lines = [f"{unpack}{name}", f"docker stop {container}", f"docker cp {name} {place}"]
-            lines += [f"docker start {container}"]
-            before = after = ""
-        else:
-            folder = shlex.quote(str(self.data_dir)) if self.data_dir else folder
-            place = f"{folder}/{shlex.quote(file)}"
-            lines = [f"{unpack}{place}", f"chown --reference={folder} {place}"]
-            before, after = "Stop the server, then:\n\n", "\nStart the server.\n"
-        if users := next((other for other in parts if other.kind == USERS), None):
-            after += (
-                "\nThe users are the lines of an aclfile: put them where `CONFIG GET aclfile` says, then have the server "
-                f"`ACL LOAD` them.\n\n```sh\n{plain_command(users)} >users.acl\n```\n"
-            )
-        return f"{note}\n\n{before}```sh\n" + "\n".join(lines) + f"\n```\n{after}"
+        users = next((part for part in parts if part.kind == USERS), None)
+        return instructions(self, self._part(parts), users)
 
     def stage(self, restore: Restore) -> None:
         part = self._part(restore.parts)

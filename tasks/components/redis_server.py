@@ -21,6 +21,8 @@ from workers.errors import CommandFailed, ComparisonError, Permanent, RuntimeUna
 from workers.runtime import run
 from workers.secret import Secret
 
+RDB, AOF = "redis-rdb", "redis-aof"
+"""Kinds of parts: a snapshot, and an append-only file."""
 USUAL_FOLDERS = (PurePosixPath("/data"), PurePosixPath("/var/lib/redis"))
 """Where a restore finds its staging folder without being told: the images' data folder, and Debian's."""
 POLL_SECONDS = (0.1, 1.0)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import os
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -14,6 +16,7 @@ import pytest
 
 from tests.redis_servers import PASSWORD, PROGRAMS, Server, back_up, fill, replace_all, restore, same
 from workers.errors import ComparisonError, IntegrityError, Permanent
+from workers.runtime import sweep
 
 OLDEST, NEWEST = (
     pick(PROGRAMS, key=lambda version: [int(n) for n in version.split(".")]) for pick in (min, max)
@@ -132,6 +135,46 @@ def test_closed_early_it_leaves_nothing(server: Server) -> None:
     source.chunks.close()  # type: ignore[attr-defined]
     assert not pinned(server)
     del unread
+
+
+READER = """
+import sys
+from tasks.components.redis import Component
+[source] = Component.model_validate_json(sys.argv[1]).sources()
+print(len(next(source.chunks)), flush=True)
+sys.stdin.read()
+"""
+
+
+def test_a_worker_killed_while_it_reads_leaves_what_the_next_one_removes(server: Server) -> None:
+    """Its programs end with it; the links that it leaves hold up neither rewrites nor the next backup."""
+    component = server.component(method="aof")
+    with server.client(7) as client:
+        for number in range(5):
+            client.set(f"large {number}", os.urandom(1_000_000))  # more than pipes hold
+    before = server.fingerprint()
+    argv = [sys.executable, "-c", READER, component.model_dump_json()]
+    with subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as worker:
+        assert worker.stdout is not None
+        assert int(worker.stdout.readline()) > 0
+        worker.kill()
+    assert pinned(server)
+    rewrite(server)
+    with server.client() as client:
+        client.set("after the rewrite", 1, ex=5000)
+        after = server.fingerprint()
+        sweep(component.runtime, component.name)  # as every attempt begins
+        part, data = back_up(component)
+        assert not pinned(server)
+        client.flushall()
+    for step in ("stage", "swap", "settle"):
+        getattr(component, step)(restore(part, data))
+    assert same(server.fingerprint(), after)
+    with server.client() as client:
+        client.delete("after the rewrite")
+        assert same(server.fingerprint(), before)
+    with server.client(7) as client:
+        client.flushdb()
 
 
 def test_what_cannot_be_had_says_why(server: Server, tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import docker
 import pytest
 
 from compose.demo.docker_images import Images, ensure_engine
+from tasks.components.redis import Component
 from tasks.components.redis_users import USERS
 from tests.redis_servers import PASSWORD, PROGRAMS, ContainedServer, Server, hashed, restore_all, store_all
 from workers.component import Restore
@@ -150,6 +152,24 @@ def test_a_user_of_its_own_stays(server: Server, monkeypatch: pytest.MonkeyPatch
     with server.client() as client:
         assert sorted(client.acl_users()) == ["app", "backup", "default", "gone", "reader"]
     assert component.preflight() == []
+
+
+def test_by_hand_is_followed_to_the_letter(server: Server, tmp_path: Path) -> None:
+    before = users(server)
+    parts, data = store_all(server.component())
+    change(server)
+    for part in parts:
+        (tmp_path / part.name).write_bytes(data[part.name])
+    text = server.component(aclfile=server.folder / "acl/users.acl").by_hand(parts)
+    assert server.do("stop")
+    subprocess.run(["sh", "-ec", text.split("```sh\n")[1].split("```")[0]], cwd=tmp_path, check=True)
+    server.start()
+    assert users(server) == before
+    with server.client() as client:
+        assert client.get("key") == b"value"
+    contained = Component(name="cache", kind="redis", host="db1", container="redis")
+    text = contained.by_hand(parts)
+    assert "docker cp users.acl 'redis:<what CONFIG GET aclfile says>'" in text
 
 
 def test_what_they_cannot_be_restored_to_says_why(server: Server, tmp_path: Path) -> None:
