@@ -221,6 +221,8 @@ def plan_users(server: RedisServer, part: Part) -> str:
     stays = f"{shown(connecting(server))} stays as it is, for the worker connects with it"
     recorded = part.holds.get("users", [])
     try:
+        if not server.has_aclfile():
+            return f"Redis {server.name}: its users stay as they are, for it has no aclfile; the backup has {', '.join(recorded)}"
         now = live_users(server).names
     except RuntimeUnavailable:
         return f"Redis {server.name}: its users will be replaced by {', '.join(recorded)}"

@@ -183,6 +183,7 @@ def test_what_they_cannot_be_restored_to_says_why(server: Server, tmp_path: Path
     try:
         assert len(store_all(plain.component())[0]) == 1
         wanted = restore_all(parts, data)
+        assert "its users stay as they are, for it has no aclfile" in plain.component().overwrites(parts)[1]
         plain.component().stage(wanted)
         assert (
             "users app, default, gone, reader of the backup were not restored: the server has no aclfile"

@@ -46,6 +46,25 @@ def test_killed_anywhere_the_file_converges(tmp_path: Path, killed: str, there: 
     assert kills >= (1 if killed == "revert" and not there else 4)
 
 
+def test_a_file_that_is_a_mount_of_its_own_is_written_where_it_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As one file of a container may be: nothing can be renamed over it."""
+    aclfile, programs = tmp_path / "users.acl", tmp_path / "programs"
+    programs.mkdir()
+    (tmp_path / "users").mkdir()
+    (tmp_path / "users/new").write_text("new\n")
+    aclfile.write_text("old\n")
+    (programs / "mv").write_text(f'#!/bin/sh\ncase $* in *{aclfile}) exit 1 ;; esac\nexec /bin/mv "$@"\n')
+    (programs / "mv").chmod(0o755)
+    monkeypatch.setenv("PATH", str(programs), prepend=":")
+    for script, content in ((SWAP, "new\n"), (REVERT, "old\n")):
+        argv = ["sh", "-euc", script, "sh", str(tmp_path), str(aclfile)]
+        subprocess.run(argv, check=True)
+        assert aclfile.read_text() == content
+        assert not aclfile.with_name("users.acl.new").exists()
+
+
 def test_lines_are_read_as_redis_reads_them() -> None:
     text = b"user a on nopass\nuser \xff\x00 off\n\n  \nuser b  on  \n"
     found = Users.of(text)
