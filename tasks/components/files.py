@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import PurePosixPath
-from typing import Annotated, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from tasks.components.foreign import describe_foreign, tree_for
 from tasks.components.tree_inside import look_inside
@@ -22,11 +22,15 @@ from tasks.components.trees import (
     rehearse,
     would_overwrite,
 )
-from workers.component import NO_OPTIONS, BaseComponent, Options, Part, Restore, Source
+from workers.component import NO_OPTIONS, BaseComponent, Finding, Options, Part, Restore, Source
 from workers.errors import Permanent
-from workers.runtime import run
+from workers.location import Location
+from workers.runtime import VOLUMES, Runtime, open_volume, run
 from workers.tar import TreeDigest
 from workers.tar_selection import Selection
+
+if TYPE_CHECKING:
+    from workers.runtime.docker_volume import VolumeRuntime
 
 WARNINGS = 20
 """How many warnings a record holds; of more, the number."""
@@ -43,19 +47,51 @@ Mode = Annotated[str, Field(pattern=r"^[0-7]{3,4}$")]
 
 
 class Component(BaseComponent):
-    """The tree at ``path``; its part is a tar archive with the members ``<basename>/…``."""
+    """The tree at ``path``, or in a named volume; its part is a tar archive with the members ``<basename>/…``."""
 
     metadata_key: ClassVar[str] = "files"
     restore_options: ClassVar[type[Options]] = TreeRestoreOptions
 
     kind: Literal["files"]
     path: AbsolutePath
+    """Of a ``volume``, where its helper containers have it: `VOLUMES`."""
+    volume: Annotated[str, Field(pattern=r"^[a-zA-Z0-9][\w.-]+$")] | None = None
+    """A named volume instead of a path, whether or not a container has it."""
+    image: str | None = None
+    """The image of the helper containers that reach the volume; it needs GNU tar."""
     exclude: tuple[str, ...] = ()
     """Shell patterns, as for ``tar --exclude``."""
     file_mode: Mode | None = None
     folder_mode: Mode | None = None
     owner: Annotated[str, Field(pattern=r"^[\w.-]+(:[\w.-]+)?$")] | None = None
     """Modes and owner given to all that is restored; by default those recorded."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _volume_or_path(cls, values: Any) -> Any:
+        if not isinstance(values, dict) or "volume" not in values:
+            if isinstance(values, dict) and "image" in values:
+                raise ValueError("an image is for what is in a volume")
+            return values
+        if others := sorted({"path", *Location.model_fields} & values.keys()):
+            raise ValueError(f"a volume is reached by its name alone, without {', '.join(others)}")
+        return {**values, "path": str(VOLUMES / str(values["volume"]))}
+
+    @property
+    def runtime(self) -> Runtime:
+        return self._volume_runtime or super().runtime
+
+    @property
+    def _volume_runtime(self) -> VolumeRuntime | None:
+        return open_volume(self.volume, image=self.image, component=self.name) if self.volume else None
+
+    def preflight(self) -> list[Finding]:
+        """Look whether the tree is there, and how a volume is reached."""
+        try:
+            self._look()
+        except Permanent as error:
+            return [Finding(what=str(error))]
+        return []
 
     def sources(self, options: Mapping[str, Any] = NO_OPTIONS) -> list[Source]:
         """Open the tree. Raises ``Permanent`` when there is none; what changes while it is read is a warning."""
@@ -81,9 +117,12 @@ class Component(BaseComponent):
 
     def by_hand(self, parts: Sequence[Part]) -> str:
         part = only(parts)
-        return by_hand(part, PurePosixPath(self.path).parent, [self._base(part)], container=self.container)
+        folder, names = PurePosixPath(self.path).parent, [self._base(part)]
+        return by_hand(part, folder, names, container=self.container, volume=self.volume)
 
     def stage(self, restore: Restore) -> None:
+        if volume := self._volume_runtime:
+            volume.make(restore.run_id)
         modes = [["chown", "-hR", self.owner]] if self.owner else []
         for mode, kind in ((self.file_mode, "f"), (self.folder_mode, "d")):
             if mode:
@@ -101,7 +140,11 @@ class Component(BaseComponent):
         self._tree(restore).swap(restore)
 
     def revert(self, restore: Restore) -> None:
-        self._tree(restore).revert(restore)
+        volume = self._volume_runtime
+        if volume is None or volume.exists():
+            self._tree(restore).revert(restore)
+        if volume:
+            volume.unmake(restore.run_id)
 
     def settle(self, restore: Restore) -> None:
         self._tree(restore).settle(restore)
@@ -134,7 +177,10 @@ class Component(BaseComponent):
         base = self._base(part)
         below = self._below(part, asked.path) if asked.path is not None else ""
         if asked.into is not None:
-            into, entries = PurePosixPath(asked.into), (f"{base}/{below}" if below else base,)
+            into = PurePosixPath(asked.into)
+            if self.volume:
+                into = PurePosixPath(self.path) / asked.into.lstrip("/")
+            entries = (f"{base}/{below}" if below else base,)
             return Tree(self.runtime, self.name, into, entries=entries, selection=selection, fresh=True)
         path = self._resolved()
         if part.holds.get("type", "folder") == "folder":

@@ -36,7 +36,7 @@ class TreeRestoreOptions(Options):
     path: RelativePath | None = None
     """A file or folder as the backup names it, ``uploads/2026``; what stands beside it stays."""
     into: AbsolutePath | None = None
-    """A folder, missing or empty, where the component lives: nothing that is live is touched."""
+    """A folder, missing or empty, where the component lives (in a volume, from its top): nothing that is live is touched."""
 
     @property
     def overwrites(self) -> bool:

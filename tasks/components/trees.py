@@ -273,11 +273,22 @@ def would_overwrite(runtime: Runtime, paths: Sequence[PurePosixPath], part: Part
     return f"{where}: {now} → {amount} of {part.started:%Y-%m-%d %H:%M:%S} UTC"
 
 
-def by_hand(part: Part, folder: PurePosixPath, names: Iterable[str], *, container: str | None) -> str:
+def by_hand(
+    part: Part,
+    folder: PurePosixPath,
+    names: Iterable[str],
+    *,
+    container: str | None,
+    volume: str | None = None,
+) -> str:
     """Return Markdown that says how to unpack ``part``, which holds ``names``, into ``folder`` with public tools."""
     plain = plain_command(part)
     tar = f"tar --extract --numeric-owner --same-owner --preserve-permissions --directory {shlex.quote(str(folder))}"
     unpack = f"docker cp - {shlex.quote(f'{container}:{folder}')}" if container else tar
+    if volume:
+        unpack = (
+            f"docker run --rm --interactive --volume {volume}:{folder / volume} <image with GNU tar> {tar}"
+        )
     return (
         f"`{part.name}` is a tar archive of {', '.join(f'`{name}`' for name in names)} below `{folder}`. "
         "Stop what writes there, move away what stands there under these names, then, as root:\n\n"

@@ -16,7 +16,10 @@ from workers.errors import CommandFailed
 
 if TYPE_CHECKING:
     from workers.location import Location
+    from workers.runtime.docker_volume import VolumeRuntime
 
+VOLUMES = PurePosixPath("/volumes")
+"""The folder that the helper containers of a named volume have it in, under its name."""
 MARKER = "AI_MICRO_BACKUP_COMPONENT"
 """Environment variable that every program started for a component carries, so that `sweep` finds orphans."""
 
@@ -73,8 +76,11 @@ class Runtime(Protocol):
     def write_tree(self, folder: PurePosixPath, chunks: Iterable[bytes]) -> None:
         """Unpack a tar stream below the existing ``folder``, with owners (where permitted), modes and times."""
 
-    def remove_leftovers(self, component: str) -> None:
-        """Remove what is left of a component beside programs, and what would hold up the end of these; see `sweep`."""
+    def remove_leftovers(self, component: str) -> bool:
+        """Remove what is left of a component beside programs, and what would hold up the end of these; see `sweep`.
+
+        Returns whether programs of the component may still run there.
+        """
 
 
 class Service(Protocol):
@@ -227,8 +233,8 @@ def sweep(runtime: Runtime, component: str) -> None:
 
     Only the holder of the component's lease may call this. It ends even while a reader of such a program has stalled.
     """
-    runtime.remove_leftovers(component)
-    run(runtime, ["sh", "-c", SWEEP, "sh", f"{MARKER}={marker(component)}"])
+    if runtime.remove_leftovers(component):
+        run(runtime, ["sh", "-c", SWEEP, "sh", f"{MARKER}={marker(component)}"])
 
 
 def open_runtime(location: Location, *, component: str) -> Runtime:
@@ -240,6 +246,13 @@ def open_runtime(location: Location, *, component: str) -> Runtime:
     from workers.runtime.process import ProcessRuntime
 
     return ProcessRuntime(component=component)
+
+
+def open_volume(volume: str, *, image: str | None, component: str) -> VolumeRuntime:
+    """Return the runtime of a component that is a named volume; ``image`` is that of its helper containers."""
+    from workers.runtime.docker_volume import VolumeRuntime
+
+    return VolumeRuntime(volume, image=image, component=component)
 
 
 def open_service(location: Location) -> Service:

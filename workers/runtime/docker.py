@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import PurePosixPath
 from typing import Any
 
-from workers.errors import CommandFailed, RuntimeUnavailable
+from workers.errors import Permanent, RuntimeUnavailable
 from workers.runtime import MARKER, Process, marker, run, stream
 from workers.runtime.docker_process import HELPER_LABEL, DockerProcess, kill_own
 from workers.runtime.engine import ROOT, engine, inspect, read_archive, remove, translated
@@ -76,14 +76,14 @@ class DockerRuntime:
                 raise failures[0] from error
             raise
 
-    def remove_leftovers(self, component: str) -> None:
-        """Kill what this process runs for a component, and remove the helpers of a worker that died."""
+    def remove_leftovers(self, component: str) -> bool:
         kill_own(marker(component))
         with translated(self._name):
             filters = {"label": f"{HELPER_LABEL}={component}"}
             helpers = [found["Id"] for found in engine().containers(all=True, filters=filters)]
         for helper in helpers:
             remove(helper)
+        return True
 
     def _has_tar(self, path: PurePosixPath) -> bool:
         """Say whether programs reach ``path`` and GNU tar is among them."""
@@ -93,43 +93,51 @@ class DockerRuntime:
             path.is_relative_to(mount) for mount in mounts
         ):
             return False
-        return _image_has_tar(container["Image"], lambda: run(self, ["tar", "--version"], reads_all=False))
+        return image_has_tar(container["Image"], lambda: run(self, ["tar", "--version"], reads_all=False))
 
     def _start_helper(self, container: Mapping[str, Any]) -> dict[str, Any]:
-        api = engine()
         mounted = {mount["Destination"] for mount in container["Mounts"]}
-        with translated(self._name):
-            host = api.create_host_config(
-                volumes_from=[container["Id"]],
-                network_mode="none",
-                read_only=True,
-                tmpfs={} if "/tmp" in mounted else {"/tmp": ""},  # noqa: S108
-            )
-            helper: str = api.create_container(
-                container["Image"],
-                HELPER_COMMAND[1:],
-                entrypoint=HELPER_COMMAND[:1],
-                user=ROOT,
-                labels={HELPER_LABEL: self._component},
-                host_config=host,
-                healthcheck={"test": ["NONE"]},
-            )["Id"]
-        try:
-            with translated(self._name):
-                api.start(helper)
-            return inspect(helper)
-        except BaseException:
-            remove(helper)
-            raise
+        tmpfs = {} if "/tmp" in mounted else {"/tmp": ""}  # noqa: S108
+        sources = [container["Id"]]
+        return start_helper(
+            self._name, container["Image"], self._component, volumes_from=sources, tmpfs=tmpfs
+        )
+
+
+def start_helper(name: str, image: str, component: str, **mounts: Any) -> dict[str, Any]:
+    """Start a container of ``image`` that waits, without network, whose file system beside ``mounts`` is read-only.
+
+    ``name`` is what errors call it. Returns its description; whoever runs a program in it removes it.
+    """
+    api = engine()
+    with translated(name):
+        host = api.create_host_config(network_mode="none", read_only=True, **mounts)
+        helper: str = api.create_container(
+            image,
+            HELPER_COMMAND[1:],
+            entrypoint=HELPER_COMMAND[:1],
+            user=ROOT,
+            labels={HELPER_LABEL: component},
+            host_config=host,
+            healthcheck={"test": ["NONE"]},
+        )["Id"]
+    try:
+        with translated(name):
+            api.start(helper)
+        return inspect(helper)
+    except BaseException:
+        remove(helper)
+        raise
 
 
 _tar_of_image: dict[str, bool] = {}
 
 
-def _image_has_tar(image: str, version: Callable[[], bytes]) -> bool:
+def image_has_tar(image: str, version: Callable[[], bytes]) -> bool:
+    """Say whether GNU tar is in an image; ``version`` asks a container of it. Asked once a process."""
     if image not in _tar_of_image:
         try:
             _tar_of_image[image] = b"GNU tar" in version()
-        except CommandFailed:
+        except Permanent:
             _tar_of_image[image] = False
     return _tar_of_image[image]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
+import socket
 import time
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -105,3 +106,22 @@ def read_archive(container: str, path: str) -> Iterator[bytes]:
             raise CommandFailed("docker archive", 1, f"{path}: {error.explanation}") from error
         with contextlib.closing(chunks):
             yield from chunks
+
+
+def inspect_volume(volume: str) -> dict[str, Any] | None:
+    """Return what the engine knows of a named volume, ``None`` when there is none."""
+    with translated(f"of the volume {volume}"):
+        try:
+            described: dict[str, Any] = engine().inspect_volume(volume)
+        except NotFound:
+            return None
+        return described
+
+
+def images_for(volume: str) -> Iterator[str]:
+    """Yield the image of the container that this process runs in, if it does, and those of containers with a volume."""
+    with translated(f"of the volume {volume}"):
+        with contextlib.suppress(NotFound):
+            yield engine().inspect_container(socket.gethostname())["Image"]
+        users = engine().containers(all=True, filters={"volume": volume})
+    yield from (user["ImageID"] for user in users)

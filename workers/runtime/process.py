@@ -116,8 +116,9 @@ class ProcessRuntime:
     def write_tree(self, folder: PurePosixPath, chunks: Iterable[bytes]) -> None:
         run(self, unpack(folder, owners=os.geteuid() == 0), chunks=chunks, env=ENVIRONMENT)
 
-    def remove_leftovers(self, component: str) -> None:
-        """Nothing: a worker leaves only programs on its host, and none of them can hold up a sweep."""
+    def remove_leftovers(self, component: str) -> bool:
+        """Remove nothing: a worker leaves only programs on its host, and none of them can hold up a sweep."""
+        return True
 
 
 class ProcessService:
