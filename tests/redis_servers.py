@@ -42,6 +42,9 @@ def programs() -> dict[str, Path]:
 
 
 PROGRAMS = programs()
+OLDEST, NEWEST = (
+    pick(PROGRAMS, key=lambda version: [int(number) for number in version.split(".")]) for pick in (min, max)
+)
 
 
 class Server:

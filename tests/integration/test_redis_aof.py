@@ -14,13 +14,20 @@ from typing import Any
 
 import pytest
 
-from tests.redis_servers import PASSWORD, PROGRAMS, Server, back_up, fill, replace_all, restore, same
+from tests.redis_servers import (
+    NEWEST,
+    OLDEST,
+    PASSWORD,
+    PROGRAMS,
+    Server,
+    back_up,
+    fill,
+    replace_all,
+    restore,
+    same,
+)
 from workers.errors import ComparisonError, IntegrityError, Permanent
 from workers.runtime import sweep
-
-OLDEST, NEWEST = (
-    pick(PROGRAMS, key=lambda version: [int(n) for n in version.split(".")]) for pick in (min, max)
-)
 
 
 @pytest.fixture(scope="module", params=list(PROGRAMS.values()), ids=list(PROGRAMS))
