@@ -161,13 +161,16 @@ def _said(outcome: dict[str, Any]) -> list[str]:
     return [*outcome.get("notes", ()), *outcome.get("refused", {}).values()]
 
 
+SEEN: Counter[str] = Counter()
+"""How often each kind of call, whatever its archive and run, had its turn."""
+
+
 def kinds_of(calls: Sequence[str]) -> Iterator[Sequence[str]]:
-    """Yield, for each call, the faults to try there: all at the first of its kind, one after the other at the next ones."""
-    seen: Counter[str] = Counter()
+    """Yield, for each call, the faults to try there: all at the first of its kind in any stage, then one after the other."""
     for call in calls:
         alike, kinds = re.sub(r"[0-9A-F]*[0-9][0-9A-Fa-f]*", "#", call), FAULTS[call.split()[0]]
-        yield [kinds[(seen[alike] - 1) % len(kinds)]] if seen[alike] else kinds
-        seen[alike] += 1
+        yield [kinds[(SEEN[alike] - 1) % len(kinds)]] if SEEN[alike] else kinds
+        SEEN[alike] += 1
 
 
 def sweep(world: World, stage: str) -> Iterator[dict[str, Any]]:

@@ -59,7 +59,7 @@ def test_one_fault_at_any_storage_call_is_loud_or_harmless_and_the_next_run_conv
         capture_output=True,
         text=True,
         check=False,
-        timeout=500,
+        timeout=900,
     )
 
     assert done.returncode == 0, done.stderr[-3000:]

@@ -27,7 +27,7 @@ def test_whatever_happens_to_archives_the_stores_the_catalogue_and_the_ledger_ag
         capture_output=True,
         text=True,
         check=False,
-        timeout=None if os.environ.get("AI_MICRO_BACKUP_TEST_PROFILE") == "long" else 300,
+        timeout=None if os.environ.get("AI_MICRO_BACKUP_TEST_PROFILE") == "long" else 900,
     )
 
     assert (done.returncode, done.stdout) == (0, "sound\n"), done.stderr[-6000:]
