@@ -89,7 +89,8 @@ class Tree:
                 f"{self.base}/{name}" if self.base else name
                 for name in present(self.runtime, below, self.entries)
             ]
-        restore.warnings.extend(compare(self.runtime, new, names, unpacked, part.name))
+        picked = [self.selection.top.decode(errors="surrogateescape")] if self.selection else names
+        restore.warnings.extend(compare(self.runtime, new, picked, unpacked, part.name))
         for command in modes:
             for name in names:
                 run(self.runtime, ["sh", "-c", '[ ! -e "$0" ] || "$@" "$0"', str(new / name), *command])

@@ -175,6 +175,15 @@ make_parents() { # ENTRY: and remember which did not exist
   parent_of "$root/$1"
   mkdir -p "$parent"
 }
+finish_parents() { # ENTRY: owner and mode as the backup holds them
+  parent_of "$1"
+  while [ "$parent" != . ]; do
+    if [ -e "$staging/parents/$parent/.made" ] && [ -d "$new/$parent" ]; then
+      apply_attributes "$root/$parent" "$(attributes "$new/$parent")"
+    fi
+    parent_of "$parent"
+  done
+}
 remove_parents() {
   parent_of "$1"
   while [ "$parent" != . ]; do
@@ -195,6 +204,7 @@ from_new() {
       make_parents "$entry"
       mv -f -- "$new/$entry" "$root/$entry"
     fi
+    finish_parents "$entry"
   done
 }
 clear() {

@@ -9,6 +9,7 @@ import stat
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import pytest
@@ -163,6 +164,49 @@ def test_one_path_of_many_comes_back_and_the_rest_stays(tree: Path) -> None:
     damaged[plain.index(b"keptkept")] ^= 1
     with pytest.raises(IntegrityError):
         uploads(tree).stage(restoring(part, bytes(damaged), path="uploads/2026"))
+
+
+def test_folders_that_one_path_needs_are_made_as_they_were(tree: Path) -> None:
+    owner = 1234 if os.geteuid() == 0 else os.geteuid()
+    for folder, mode in ((tree / "2026" / "a b", 0o2750), (tree / "2026", 0o711)):
+        os.chown(folder, owner, owner if os.geteuid() == 0 else -1)
+        folder.chmod(mode)
+    part, plain = backed_up(uploads(tree))
+    shutil.rmtree(tree / "2026")
+    (tree / "2025").chmod(0o700)
+    restore = restoring(part, plain, path="uploads/2026/a b/same letter")
+    uploads(tree).stage(restore)
+    uploads(tree).swap(restore)
+    for folder, mode in ((tree / "2026" / "a b", 0o2750), (tree / "2026", 0o711)):
+        found = folder.stat()
+        assert (stat.S_IMODE(found.st_mode), found.st_uid) == (mode, owner)
+    assert [path.name for path in (tree / "2026").rglob("*")] == ["a b", "same letter"]
+    assert (tree / "2026/a b/same letter").read_bytes() == b"kept" * 100
+    assert stat.S_IMODE((tree / "2025").stat().st_mode) == 0o700, "what is there stays"
+    uploads(tree).revert(restore)
+    assert not (tree / "2026").exists()
+
+
+@pytest.fixture
+def fast_folder(tmp_path: Path) -> Iterator[Path]:
+    """A folder in memory where the system has one: a disk takes its time for many small files."""
+    shared = Path("/dev/shm")
+    with TemporaryDirectory(dir=shared if os.access(shared, os.W_OK) else tmp_path) as folder:
+        yield Path(folder)
+
+
+def test_many_small_files_come_back(fast_folder: Path) -> None:
+    root = fast_folder / "many"
+    for number in range(200):
+        (root / f"{number:03}").mkdir(parents=True)
+        for file in range(100):
+            (root / f"{number:03}" / f"{file:02}").write_bytes(b"%d" % file)
+    part, plain = backed_up(uploads(root))
+    assert (part.holds["files"], part.holds["entries"]) == (20_000, 20_201)
+    shutil.rmtree(root)
+    replace(uploads(root), restoring(part, plain, chunk=1 << 18))
+    found = {str(path.relative_to(root)): path.read_bytes() for path in root.rglob("*/*")}
+    assert found == {f"{number:03}/{file:02}": b"%d" % file for number in range(200) for file in range(100)}
 
 
 def test_a_look_beside_touches_nothing_that_is_live(tree: Path, tmp_path: Path) -> None:
