@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import time
 from datetime import UTC, datetime, timedelta
 from pathlib import Path, PurePosixPath
 from typing import Any, cast
@@ -315,3 +316,20 @@ def test_what_is_half_deleted_can_be_named_to_end_that_and_is_not_imported_again
     store.delete(key)
     with pytest.raises(NotConfirmed, match=f"retention: {BEGUN}"):
         delete.run("files_backup_20250930_020000")
+
+
+def test_a_prune_says_what_unfinished_it_removed(settings: Settings, tmp_path: Path) -> None:
+    folder = tmp_path / "store" / "full_system"
+    folder.mkdir(parents=True)
+    for digest, hours in (("a", 49), ("b", 1)):
+        path = folder / f".incoming-{digest * 64}"
+        path.write_text("half")
+        os.utime(path, (0, time.time() - hours * 3600))
+
+    notes = prune_archives("store", cast("Lease", Held()))["notes"]
+
+    assert (
+        f"what was unfinished for full_system/.incoming-{'a' * 64} was removed: nobody went on with it"
+        in notes
+    )
+    assert [path.name[-1] for path in folder.iterdir()] == ["b"]
