@@ -6,7 +6,7 @@
 #
 #   new/BASE/  what was unpacked      old/    what stood before    moving/  on its way to old/
 #   drop/      what a revert removes  twice/  what somebody put in ROOT under a name that was moved already
-#   before, after                     mode, owner and time of ROOT as it was, and as it will be
+#   before, after                     mode, owner and time of ROOT as it was, and as it will be; .tar: its ACL and attributes
 #   made, parents/                    how many levels of ROOT, and which folders in it, did not exist
 #   staged, away, placed, cleared     the steps that are done: each may be killed anywhere and run again
 set -eu
@@ -34,6 +34,18 @@ apply_attributes() { # FOLDER "MODE OWNER TIME"
   [ "$(stat -c '%u:%g' "$1")" = "$3" ] || chown "$3" "$1"
   chmod "$2" "$1"
   touch -d "$4" "$1"
+}
+kept='--xattrs --xattrs-include=user.* --xattrs-include=security.capability --acls'
+note_attributes() { # FOLDER NAME: the folder's own ACL and extended attributes, where there is a GNU tar
+  case $(tar --version 2>/dev/null) in *'GNU tar'*) ;; *) return 0 ;; esac
+  tar --create --format=posix --numeric-owner $kept --directory "$1" --no-recursion --file "$staging/note" .
+  mv -f "$staging/note" "$staging/$2.tar"
+}
+give_attributes() { # FOLDER NAME: and mode, owner and time; what cannot be kept there the comparison has told
+  if [ -e "$staging/$2.tar" ]; then
+    tar --extract --numeric-owner --preserve-permissions $kept --directory "$1" --file "$staging/$2.tar" 2>/dev/null || true
+  fi
+  apply_attributes "$1" "$(cat "$staging/$2")"
 }
 remove() { # folders whose owner may not write in them do not let go of their entries
   if ! rm -rf "$1" 2>/dev/null; then
@@ -76,7 +88,7 @@ refuse_both() {
 drop_staging() { # NOTE: with the attributes that ROOT is to have, or none
   if [ -d "$staging" ]; then
     # Mode and owner while they are known for sure; the time changes once more.
-    if [ -e "$staging/$1" ]; then apply_attributes "$root" "$(cat "$staging/$1")"; fi
+    if [ -e "$staging/$1" ]; then give_attributes "$root" "$1"; fi
     remove "$gone"
     mv "$staging" "$gone"
   fi
@@ -129,6 +141,7 @@ prepare() {
     mkdir -m 700 "$staging"
     chmod g-s "$staging" # what is made in it would have it from a root that has it
     note made "$made"
+    if [ $# = 0 ]; then note_attributes "$root" before; fi
     note before "$before"
   fi
   mkdir -p "$staging/new" "$staging/old" "$staging/moving" "$staging/drop" "$staging/twice" "$staging/parents"
@@ -137,6 +150,7 @@ prepare() {
 finish_stage() {
   if [ $# = 0 ]; then
     [ -d "$new" ] || fail "the backup does not hold the folder $base"
+    note_attributes "$new" after
     note after "$(attributes "$new")"
   fi
   note staged ''
@@ -195,7 +209,7 @@ from_new() {
   if [ $# = 0 ]; then
     for_each_in "$new" make_room
     move_all "$new" "$root"
-    apply_attributes "$root" "$(cat "$staging/after")"
+    give_attributes "$root" after
     return
   fi
   for entry; do

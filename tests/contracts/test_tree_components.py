@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from tasks.components import config, files
-from tests.trees import backed_up, leftovers, look, restoring
+from tests.trees import ACL, attributes_of, backed_up, leftovers, look, restoring
 from workers.component import BaseComponent, Part, Restore
 from workers.errors import CommandFailed, ComparisonError, IntegrityError, Permanent
 from workers.runtime.process import ProcessRuntime
@@ -72,11 +72,7 @@ def tree(tmp_path: Path) -> Path:
         disk.write(b"in the middle")
     os.setxattr(root / "2026" / "a b", "user.kind", b"new\nline = \0")
     os.setxattr(root / "2025" / "letter", "user.ocr", b"done")
-    # user::rw- user:1234:rw- group::r-- mask::rw- other::---, as the kernel keeps it
-    acl = bytes.fromhex(
-        "02000000 01000600ffffffff 02000600d2040000 04000400ffffffff 10000600ffffffff 20000000ffffffff"
-    )
-    os.setxattr(root / "2025" / "letter", "system.posix_acl_access", acl)
+    os.setxattr(root / "2025" / "letter", "system.posix_acl_access", ACL)
     return root
 
 
@@ -108,6 +104,30 @@ def look_without_disk(tree: Path) -> dict[bytes, tuple[Any, ...]]:
     finally:
         aside.rename(disk)
         os.utime(disk.parent, ns=(time.st_atime_ns, time.st_mtime_ns))
+
+
+def test_the_top_folder_has_its_own_acl_and_attributes_again(tree: Path) -> None:
+    def own() -> list[tuple[str, bytes]]:
+        return attributes_of(os.fsencode(tree))
+
+    part, plain = backed_up(uploads(tree))
+    bare = restoring(part, plain, run_id="bare")
+    for name, value in (("access", ACL), ("default", ACL)):
+        os.setxattr(tree, f"system.posix_acl_{name}", value)
+    os.setxattr(tree, "user.top", b"1")
+    marked, mode = own(), tree.stat().st_mode
+    assert len(marked) == 3
+    part, plain = backed_up(uploads(tree))
+    uploads(tree).stage(bare)
+    uploads(tree).swap(bare)
+    assert [name for name, _ in own()] == ["user.top"]
+    uploads(tree).revert(bare)
+    assert (own(), tree.stat().st_mode) == (marked, mode)
+    shutil.rmtree(tree)
+    restore = restoring(part, plain)
+    replace(uploads(tree), restore)
+    assert (own(), tree.stat().st_mode) == (marked, mode)
+    assert restore.warnings == []
 
 
 def test_a_lost_attribute_is_seen_and_said(tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,7 +19,7 @@ from hypothesis import HealthCheck, Phase, example, given, settings
 from tasks.components import config, files
 from tests.contracts.conftest import IMAGE
 from tests.systems import processes_with
-from tests.trees import TREES, backed_up, leftovers, look, make, restoring
+from tests.trees import ACL, TREES, backed_up, leftovers, look, make, restoring
 from workers import streams
 from workers.component import BaseComponent, Part, Restore
 from workers.errors import BackupError, IntegrityError
@@ -68,6 +68,7 @@ class Place:
         return config.Component.model_validate({**values, "root": str(self.root), "paths": paths})
 
     def empty(self) -> None:
+        subprocess.run(["setfacl", "-b", self.here], check=True)
         subprocess.run(["find", self.here, "-mindepth", "1", "-delete"], check=True)
 
 
@@ -130,6 +131,8 @@ def special_in(node: tuple[Any, ...]) -> int:
 def test_what_comes_back_is_what_was_there(place: Place, kind: str, tree: tuple[Any, ...]) -> None:
     place.empty()
     make(os.fsencode(place.here / "listed"), tree if place.has_tar else without_set_id(tree))
+    if place.has_tar:
+        os.setxattr(place.here, "system.posix_acl_access", ACL)
     before = look(place.here, attributes=place.has_tar)
     part, plain = backed_up(place.component(kind))
     assert len(part.holds["skipped"]) == special_in(tree)
