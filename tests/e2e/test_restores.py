@@ -213,7 +213,7 @@ def test_a_plan_says_what_would_be_overwritten_and_does_nothing(scene: Rehearsal
         "database authdb on postgres",
         "database apidb on postgres",
         "database admindb on postgres",
-        "4 roles",
+        "memberships of 4 would be set",
         f"{len(now['redis'])} keys",
         f"{len(scene.before['redis'])} keys",
         f"{scene.demo.uploads}: ",
