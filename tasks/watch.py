@@ -52,6 +52,8 @@ def follow(run_id: str, *, console: Console | None) -> Run:
             headline.update(phase, description=f"run {run_id}: {run.phase}")
             time.sleep(POLL_SECONDS)
         headline.update(phase, description=f"run {run_id}: {run.state}", completed=1)
+    if console and not console.is_interactive:
+        console.print()  # Live ends its last line only on a terminal
     return run
 
 

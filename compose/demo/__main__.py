@@ -12,6 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Protocol
 
+import psycopg
 from rich.console import Console
 
 from compose.demo import settings
@@ -34,6 +35,10 @@ class System(Protocol):
 
     passwords: Secrets
 
+    @property
+    def admin_dsn(self) -> str: ...
+    @property
+    def can_recover(self) -> bool: ...
     def up(self) -> None: ...
     def seed(self, size: float = ...) -> object: ...
     def fingerprint(self) -> Fingerprint: ...
@@ -124,6 +129,12 @@ def rehearse(system: System, cluster: Cluster) -> list[str]:
         f"archive: {shown(cluster.folder) / 'store' / archive['archive']} ({archive['size'] / 1e6:.1f} MB, {backup:.1f} s)"
     )
 
+    step(
+        "archiving of WAL: what is missing for it, and a base backup, from which any later moment can be reached"
+    )
+    cli(cluster, "preflight", "postgres")
+    cli(cluster, "backup", "postgres", "--base", "full")
+
     step("destroying the data: databases, roles, keys, files, .env")
     system.destroy_data()
     if not diff(before, system.fingerprint()):
@@ -138,7 +149,33 @@ def rehearse(system: System, cluster: Cluster) -> list[str]:
     system.wait_healthy(timeout=HEALTH_SECONDS)
     differences = diff(before, system.fingerprint())
     console.print(f"restored in {seconds:.1f} s; {len(differences)} difference(s); every service healthy")
+    return differences or recover(system, cluster, before)
+
+
+def recover(system: System, cluster: Cluster, before: Fingerprint) -> list[str]:
+    """Lose rows by mistake, bring PostgreSQL back to the moment before it, and return what differs."""
+    if not system.can_recover:
+        console.print(
+            "no recovery to a moment: PostgreSQL's user may not enter this folder; DEMO_FOLDER names another"
+        )
+        return []
+    step("a mistake: somebody deletes rows. PostgreSQL comes back to the moment before it")
+    moment = delete_rows(system.admin_dsn)
+    cli(cluster, "collect")
+    seconds = cli(cluster, "recover", "postgres", "--to-time", moment, "--confirm", "postgres")
+    system.wait_healthy(timeout=HEALTH_SECONDS)
+    differences = diff(before, system.fingerprint())
+    console.print(f"recovered to {moment} in {seconds:.1f} s; {len(differences)} difference(s)")
     return differences
+
+
+def delete_rows(admin_dsn: str) -> str:
+    """Delete rows that matter, and return the server's time just before."""
+    with psycopg.connect(admin_dsn, dbname="authdb", autocommit=True) as connection:
+        found = connection.execute("SELECT clock_timestamp()").fetchone()
+        if not found or not connection.execute("DELETE FROM refresh_tokens").rowcount:
+            raise DemoError("nothing was deleted, so bringing it back would prove nothing")
+    return str(found[0].isoformat())
 
 
 def cli(cluster: Cluster, *words: str) -> float:

@@ -36,7 +36,7 @@ CONTAINERS = dict(
         strict=True,
     )
 )
-VOLUMES = ("postgres_data", "redis_data", "keys", "uploads")
+VOLUMES = ("postgres_data", "postgres_wal", "redis_data", "keys", "uploads")
 #: The uid of the services, which the uploads and keys belong to.
 APP_UID = 10001
 _READY_SECONDS = 90.0
@@ -68,6 +68,9 @@ class DockerSystem:
         self.volumes = {name: prefix + name for name in VOLUMES}
         self._appendonly = appendonly
         self.passwords = passwords or read_passwords(self.root) or Secrets()
+
+    can_recover = True
+    """PostgreSQL's user may enter the folders above its data."""
 
     def __enter__(self) -> Self:
         self.up()

@@ -12,10 +12,12 @@ import redis
 
 from compose.demo.config_tree import DATABASES, DEFAULT_SIZE, Ports, Secrets, write_private, write_tree
 from compose.demo.embedded import PostgresServer, RedisServer
+from compose.demo.embedded_user import give_to_unprivileged, may_enter
 from compose.demo.fingerprint import Fingerprint, fingerprint, fingerprint_config
 from compose.demo.probe import probe
 from compose.demo.seed import Target, drop_all, seed
 from compose.demo.service_process import ServiceProcess
+from tasks.components.postgres_archiving import archive_command
 
 SERVICES = ("front-admin", "front-user", "admin-api", "user-api", "auth-service")
 """In the order of stopping."""
@@ -34,8 +36,12 @@ class EmbeddedSystem:
             self.root / "keys",
             self.root / "services",
         )
+        self.wal_archive = self.root / "postgres" / "wal"
         self.postgres = PostgresServer(
-            self.root / "postgres" / "data", self.ports.postgres, self.passwords.postgres_password
+            self.root / "postgres" / "data",
+            self.ports.postgres,
+            self.passwords.postgres_password,
+            settings={"archive_mode": "on", "archive_command": archive_command(str(self.wal_archive))},
         )
         self.redis = RedisServer(
             self.root / "redis" / "data", self.ports.redis, self.passwords.redis_password
@@ -48,14 +54,20 @@ class EmbeddedSystem:
         return f"postgresql://postgres:{self.passwords.postgres_password}@127.0.0.1:{self.ports.postgres}/postgres"
 
     @property
+    def can_recover(self) -> bool:
+        """Whether PostgreSQL's user may enter the folders above its data, which a server that recovers has to."""
+        return may_enter(self.postgres.data_dir)
+
+    @property
     def redis_url(self) -> str:
         """The address of Redis, with its password."""
         return f"redis://:{self.passwords.redis_password}@127.0.0.1:{self.ports.redis}/0"
 
     def up(self) -> None:
         """Start everything; the services are unhealthy until `seed`."""
-        for folder in (self.uploads, self.keys, self.state, self.config_root):
+        for folder in (self.uploads, self.keys, self.state, self.config_root, self.wal_archive):
             folder.mkdir(parents=True, exist_ok=True)
+        give_to_unprivileged(self.wal_archive)
         values = dict.fromkeys(("postgres_image", "redis_image", "app_image"), "none") | {
             "prefix": "",
             "redis_appendonly": "no",

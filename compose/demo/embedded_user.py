@@ -51,6 +51,11 @@ def belongs_to_unprivileged(path: Path) -> bool:
     return path.stat().st_uid == uid
 
 
+def may_enter(path: Path) -> bool:
+    """Whether the user that the programs run as may enter the folders above *path* without that capability."""
+    return os.geteuid() != 0 or all(folder.stat().st_mode & 0o001 for folder in path.parents)
+
+
 def _permitted_capabilities() -> int:
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith("CapPrm:"):

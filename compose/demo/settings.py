@@ -58,6 +58,14 @@ def embedded_components(system: EmbeddedSystem) -> str:
         "--port",
         str(system.redis.port),
     )
+    postgres = _commands(
+        "compose.demo.embedded",
+        "postgres",
+        "--data-dir",
+        str(system.postgres.data_dir),
+        "--port",
+        str(system.postgres.port),
+    )
     services = "".join(
         _service(name, port, _commands("compose.demo.service", name, "--state-dir", str(system.state)))
         for name, port in system.http_ports.items()
@@ -71,7 +79,9 @@ port = {system.postgres.port}
 password = {{ env = {dumps(POSTGRES_PASSWORD)} }}
 databases = ["authdb", "apidb", "admindb"]
 bin_dir = {dumps(str(postgres_bin_dir()))}
-
+data_dir = {dumps(str(system.postgres.data_dir))}
+wal_archive = {dumps(str(system.wal_archive))}
+{_lines(postgres)}
 [components.redis]
 kind = "redis"
 host = "db1"
@@ -130,6 +140,7 @@ def docker_components(system: DockerSystem) -> str:
 kind = "postgres"
 host = "db1"
 databases = ["authdb", "apidb", "admindb"]
+wal_archive = "/var/lib/postgresql/wal"
 {_lines(location("postgres"))}
 [components.redis]
 kind = "redis"
