@@ -55,7 +55,7 @@ def backup_full_system(
     if options:
         component = known[only(chosen)]
         check_options(component.backup_options, options, chosen[0])
-        options = component.completed(options, _sound_archives())
+        options = component.completed(options, catalog.list_sound_artifacts())
     when = datetime.fromisoformat(scheduled_at) if scheduled_at else None
     run = catalog.open_run(Kind.BACKUP, job=job, components=chosen, options=options, scheduled_at=when)
     if run is None:
@@ -64,13 +64,6 @@ def backup_full_system(
         raise Permanent(f"backup {run.id} was not started: {run.cause}")
     begin(run)
     return run.id
-
-
-def _sound_archives() -> list[Artifact]:
-    """Return the archives of which nobody knows that they are damaged, the newest first."""
-    proofs = catalog.proofs(catalog.list_verifications())
-    damaged = {key for (table, key), proof in proofs.items() if table == "store" and proof.damaged}
-    return [artifact for artifact in catalog.list_artifacts() if artifact.key not in damaged]
 
 
 @app.task(bind=True, name="tasks.backup.backup_component")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 
 from tasks import archive
+from tasks.archive import Metadata
 from workers.component import Part
 from workers.errors import IntegrityError, ObjectNotFound
 from workers.progress import Progress
@@ -14,7 +15,7 @@ from workers.storage import Store
 def archives_of(store: Store, key: str) -> list[str]:
     """Return the keys of all archives that it takes to restore the one under ``key``: it is the last one, after its parents.
 
-    Raises ``IntegrityError`` when one of them is not there.
+    Raises ``IntegrityError`` when one of them is not there, or holds another base backup than the one that was built upon.
     """
     parts = archive.read_metadata(store, key).parts
     needed = list(dict.fromkeys(need for part in parts for need in part.holds.get("needs", ())))
@@ -25,7 +26,21 @@ def archives_of(store: Store, key: str) -> list[str]:
             raise IntegrityError(
                 f"{key} cannot be restored without {need}, which is gone from the store"
             ) from error
+    for part in parts:
+        if needs := part.holds.get("needs"):
+            parents = archives_of(store, needs[-1])
+            found = [
+                held.holds["manifest_sha256"] for held in _like(part, archive.read_metadata(store, needs[-1]))
+            ]
+            if parents != needs or found != [part.holds["parent_manifest_sha256"]]:
+                raise IntegrityError(
+                    f"{key} cannot be restored: {needs[-1]} holds another base backup than the one that it is based on"
+                )
     return [*needed, key]
+
+
+def _like(part: Part, metadata: Metadata) -> list[Part]:
+    return [held for held in metadata.parts if (held.component, held.kind) == (part.component, part.kind)]
 
 
 def parts_of(store: Store, key: str, component: str) -> list[tuple[str, Part]]:

@@ -20,7 +20,7 @@ from tasks import archive
 from tasks.proofs import drop_proofs
 from tasks.runs import WORKFLOWS, Work, begin
 from tasks.step import perform
-from tasks.surveys import keeps
+from tasks.surveys import backup_of, keeps
 from workers import catalog
 from workers.app import app
 from workers.catalog import Artifact, Copy, Kind, Run, State, Step
@@ -37,7 +37,7 @@ OFFSITE = "offsite"
 """Name of the scheduled job, and of the lease under which copies are made."""
 ARCHIVES = ("full_system/", "components/")
 WAL = "wal/"
-COLLECTIONS = "/collections/"
+COLLECTIONS, MANIFESTS = "/collections/", "/manifests/"
 COMPARED = ("exists", "checksum")
 """The levels of verification that compare a copy with its record, as copying does, and no more."""
 
@@ -105,8 +105,9 @@ def wanted(artifact: Artifact, offsite: OffsiteSettings) -> bool:
 
 
 def lacking(offsite: OffsiteSettings) -> list[str]:
-    """Return the keys of the wanted archives that the offsite store lacks, or has otherwise or damaged, the newest first.
+    """Return the keys of the wanted archives that the offsite store lacks, or has otherwise or damaged.
 
+    The newest come first, but none before an archive that it needs.
     Those that its own retention would delete at once are not wanted. Makes the catalogue's copies those that are there:
     what is gone is forgotten, what is there and unknown noted.
     """
@@ -129,7 +130,10 @@ def lacking(offsite: OffsiteSettings) -> list[str]:
                 else:
                     missing.append(artifact.key)
     kept = keeps(OFFSITE, _candidates(artifacts, target, there, offsite))
-    return [key for key in missing if key in kept]
+    wanting = [key for key in missing if key in kept]
+    needs = {artifact.key: backup_of(artifact, None).needs for artifact in artifacts}
+    with_parents = (one for key in wanting for one in (*sorted(needs[key]), key))
+    return [one for one in dict.fromkeys(with_parents) if one in wanting]
 
 
 def _candidates(
@@ -193,7 +197,9 @@ class Copier:
         """Copy the WAL that is not there, then the records that say how far it reaches; return how many objects."""
         # The records are listed first: what they speak of was in the store before them.
         records = [item for item in self.source.list(WAL) if COLLECTIONS in item.key]
-        segments = [item for item in self.source.list(WAL) if COLLECTIONS not in item.key]
+        others = [item for item in self.source.list(WAL) if COLLECTIONS not in item.key]
+        # What increments are made of is of use to the main store alone; without it, the next base backup is a full one.
+        segments = [item for item in others if MANIFESTS not in item.key]
         there = {item.key: item.size for item in self.target.list(WAL)}
         lacking = [item for item in (*segments, *records) if there.get(item.key) != item.size]
         for item in lacking:

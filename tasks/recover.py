@@ -11,7 +11,7 @@ from tasks.components.postgres_options import RestoreOptions
 from tasks.components.postgres_segments import format_lsn, parse_lsn
 from tasks.components.postgres_target import describe
 from tasks.components.postgres_wal import BaseBackup
-from tasks.recoverable import Recoverable, Span, clusters
+from tasks.recoverable import Recoverable, Span, base_backups, clusters
 from tasks.restore import restore_component
 from tasks.wal import wal_components
 from workers import catalog
@@ -35,7 +35,7 @@ def recover_component(
     """Start the recovery of a PostgreSQL component to the target in ``options`` and return the id of its run.
 
     ``options`` are those of `tasks.components.postgres_options.RestoreOptions`. The base backup and the timeline are
-    chosen from what the store holds, unless ``archive`` names the base backup. ``confirm`` must be the component's
+    chosen from what the store holds and is not known to be damaged, unless ``archive`` names the base backup. ``confirm`` must be the component's
     name when the live cluster is overwritten. Raises ``Permanent``, with the range that is possible, for a target that
     cannot be reached.
     """
@@ -46,10 +46,14 @@ def recover_component(
     asked = RestoreOptions.model_validate(dict(options))
     if not asked.targets:
         raise Permanent("no target: give a time, a position, a transaction id, a restore point, or latest")
-    artifacts = catalog.list_artifacts()
+    artifacts = catalog.list_artifacts() if archive else catalog.list_sound_artifacts()
     found = clusters(open_store(get_settings().store), component, artifacts)
     if not found or not found[-1].spans:
-        raise Permanent(f"{component}: nothing can be recovered: there is no base backup with its WAL yet")
+        hint = "; status names the damaged ones, and --base takes one of them all the same"
+        damaged = base_backups(component, catalog.list_artifacts()) != base_backups(component, artifacts)
+        raise Permanent(
+            f"{component}: nothing can be recovered: there is no base backup with its WAL{hint if damaged else ' yet'}"
+        )
     choice = choose(found[-1], asked, next_xids(component, artifacts))
     chosen = {**options, "timeline": choice.timeline}
     run_id: str = restore_component(

@@ -111,6 +111,7 @@ class Recoverable:
                     "start_lsn": format_lsn(span.start_lsn),
                     "end_lsn": format_lsn(span.end_lsn),
                     "bases": [base.archive for base in span.bases],
+                    "needs": {base.archive: list(base.needs) for base in span.bases if base.needs},
                 }
                 for span in self.spans
             ],
@@ -152,11 +153,9 @@ def base_backups(component: str, artifacts: Iterable[Artifact]) -> list[BaseBack
         BaseBackup.of(artifact.key, part["holds"])
         for artifact in artifacts
         for part in artifact.details["parts"]
-        if part["component"] == component
-        and part["kind"] == BASE
-        and there.issuperset(part["holds"].get("needs", ()))
+        if part["component"] == component and part["kind"] == BASE
     ]
-    return sorted(found, key=lambda base: base.finished)
+    return sorted((base for base in found if there.issuperset(base.needs)), key=lambda base: base.finished)
 
 
 def examine(wal: Wal, collections: Sequence[Collection], bases: Sequence[BaseBackup]) -> Recoverable:

@@ -127,7 +127,7 @@ def require_no_collection(components: Sequence[str]) -> None:
 
 def find_cluster(component: str, system_identifier: str) -> Recoverable:
     """Return what a cluster can be brought back to, as the store and the catalogue say now."""
-    found = clusters(open_store(get_settings().store), component, catalog.list_artifacts())
+    found = clusters(open_store(get_settings().store), component, catalog.list_sound_artifacts())
     return next(one for one in found if one.system_identifier == system_identifier)
 
 

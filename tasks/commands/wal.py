@@ -39,6 +39,7 @@ def collect(
 def recoverable() -> list[dict[str, Any]]:
     """Return, for each PostgreSQL cluster that has WAL or base backups, what it can be brought back to, its age and its target.
 
+    Archives that are known to be damaged do not count, nor increments that need one of them.
     Beside `Recoverable.document`: ``age_seconds`` (the true RPO), ``target_seconds``, ``late``, and what the newest
     collection found (``collected``, ``troubles``, ``slot``). A component whose WAL cannot be read has an ``error``.
     """
@@ -48,7 +49,7 @@ def recoverable() -> list[dict[str, Any]]:
     from workers.storage import open_store
 
     settings = get_settings()
-    artifacts = catalog.list_artifacts()
+    artifacts = catalog.list_sound_artifacts()
     runs = [run for run in catalog.list_runs() if run.kind is Kind.COLLECT]
     documents: list[dict[str, Any]] = []
     for name, component in settings.components.items():

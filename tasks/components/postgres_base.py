@@ -125,6 +125,7 @@ class BaseStream:
         }
         if self._parent:
             self.holds["needs"] = list(self._parent.needs)
+            self.holds["parent_manifest_sha256"] = self._parent.manifest_sha256
 
     def made_full(self, because: str) -> None:
         """Note that it is a full one, although an incremental one was asked for."""

@@ -108,7 +108,8 @@ class Recovery:
         """Return a line for the plan. Raises ``Permanent`` for a recovery that would be refused."""
         self._require_possible(self._programs())
         holds = self.part.holds
-        base = f"the base backup of {holds['finished']}, recovered {describe(self.options)}"
+        beside = f" (an incremental one; with {', '.join(holds['needs'])})" if "needs" in holds else ""
+        base = f"the base backup of {holds['finished']}{beside}, recovered {describe(self.options)}"
         if self.options.folder:
             return f"nothing: {self.component.name} would be recovered into {self.root} from {base}"
         there = "the whole cluster" if self._exists_at(self.live / "PG_VERSION") else "nothing is there,"

@@ -301,6 +301,8 @@ class BaseBackup:
     with_wal: bool = False
     """Whether it holds its own WAL from start to stop, so that it can be recovered without any from the store."""
     manifest_sha256: str = ""
+    needs: tuple[str, ...] = ()
+    """Of an incremental one, the archives that are read before it, in this order."""
 
     @property
     def needs_from(self) -> int:
@@ -310,7 +312,7 @@ class BaseBackup:
     @classmethod
     def of(cls, archive: str, holds: Mapping[str, Any]) -> Self:
         """Read ``holds``: ``system_identifier``, ``timeline``, ``start_lsn`` and ``stop_lsn`` (``16/B374D848``),
-        ``finished`` (ISO 8601), and ``with_wal``.
+        ``finished`` (ISO 8601), ``with_wal``, ``manifest_sha256``, and ``needs``.
         """
         return cls(
             archive,
@@ -321,6 +323,7 @@ class BaseBackup:
             datetime.fromisoformat(str(holds["finished"])),
             bool(holds.get("with_wal", False)),
             str(holds.get("manifest_sha256", "")),
+            tuple(holds.get("needs", ())),
         )
 
 

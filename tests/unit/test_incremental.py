@@ -5,24 +5,31 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator
+from contextlib import suppress
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tasks import prune, schedule, surveys
+from tasks import prune, recover, schedule, surveys
+from tasks.archive import Archive, Metadata, RunRecord, sidecar_key
+from tasks.chain import archives_of
+from tasks.commands.wal import recoverable
 from tasks.components.postgres_incremental import LONGEST_CHAIN, names_and_sizes, newest_parent
+from tasks.rebuild import take_in
 from tasks.recoverable import base_backups
 from tasks.retention import Backup, decide
 from tasks.surveys import read_now
+from tasks.verify import compare_object
 from tests.configured import configured, write_settings
 from workers import catalog
-from workers.catalog import Artifact, Kind
-from workers.errors import Permanent
+from workers.catalog import Artifact, Kind, Verification
+from workers.component import Part
+from workers.errors import IntegrityError, ObjectNotFound, Permanent
 from workers.sections import RetentionPolicy
 from workers.settings import Settings, get_settings
-from workers.storage import open_store
+from workers.storage import Store, open_store
 
 START = datetime(2026, 11, 22, 3, tzinfo=UTC)
 BASE = "postgres-base"
@@ -38,7 +45,8 @@ def base(day: int, *needs: str, timeline: int = 1, component: str = "db") -> Art
         "finished": made.isoformat(),
         "manifest_sha256": f"{day}",
         "with_wal": True,
-    } | ({"needs": list(needs)} if needs else {})
+        "next_xid": f"{700 + day}",
+    } | ({"needs": list(needs), "parent_manifest_sha256": f"{day - 1}"} if needs else {})
     part = {"component": component, "kind": BASE, "holds": holds}
     key = f"components/{component}_backup_{made:%Y%m%d_%H%M%S}.tar.gz"
     return Artifact(
@@ -113,6 +121,100 @@ incremental = {incremental}
 """
 
 
+@pytest.fixture
+def settings(tmp_path: Path) -> Iterator[Settings]:
+    more = f'[catalog]\nurl = "sqlite:///{tmp_path}/catalog.sqlite"\n' + PG.format(
+        name="db", incremental="true"
+    )
+    with configured(write_settings(tmp_path, more=more)) as found:
+        yield found
+
+
+def put(store: Store, artifact: Artifact, **changed: Any) -> None:
+    """Store an archive of nothing with its record, in which some of ``holds`` is ``changed``."""
+    (held,) = artifact.details["parts"]
+    part = Part(
+        name="part", component=held["component"], host="db1", kind=BASE, codec="zstd", size=1, sha256="f", plain_size=1,
+        plain_sha256="f", started=artifact.created, finished=artifact.created, holds=held["holds"] | changed,
+    )  # fmt: skip
+    run = RunRecord(id=artifact.run_id, job=artifact.job, started=START, finished=START)
+    metadata = Metadata(
+        backup_time=artifact.created,
+        system_version="1",
+        components={},
+        system_name="shop",
+        run=run,
+        parts=(part,),
+    )
+    record = Archive(key=artifact.key, size=1, sha256="f", metadata=metadata)
+    for key, content in (
+        (artifact.key, b"x"),
+        (sidecar_key(artifact.key), record.model_dump_json().encode()),
+    ):
+        with suppress(ObjectNotFound):
+            store.delete(key)
+        store.put(key, [content])
+
+
+def test_a_chain_is_what_the_records_say_and_another_parent_is_no_parent(settings: Settings) -> None:
+    store = open_store(settings.store)
+    full, first, second = chain = [base(0), base(1, base(0).key), base(2, base(0).key, base(1).key)]
+    for artifact in chain:
+        put(store, artifact)
+    keys = [artifact.key for artifact in chain]
+    assert archives_of(store, second.key) == keys
+    assert archives_of(store, full.key) == keys[:1]
+    take_in(store, drop_gone=False)
+    assert base_backups("db", catalog.list_artifacts()) == base_backups("db", chain)
+    assert [one.needs for one in base_backups("db", catalog.list_artifacts())] == [
+        (),
+        (*keys[:1],),
+        (*keys[:2],),
+    ]
+
+    others: list[dict[str, Any]] = [{"manifest_sha256": "another"}, {"needs": []}]
+    for changed in others:
+        put(store, first, **changed)
+        with pytest.raises(IntegrityError, match=f"{first.key} holds another base backup"):
+            archives_of(store, second.key)
+    put(store, first)
+    put(store, full, manifest_sha256="another")
+    with pytest.raises(IntegrityError, match=f"{full.key} holds another base backup"):
+        compare_object(store, second.key, progress=None)
+    store.delete(full.key)
+    with pytest.raises(IntegrityError, match=f"cannot be restored without {full.key}, which is gone"):
+        archives_of(store, second.key)
+
+
+def test_what_a_damaged_archive_makes_useless_is_not_chosen(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chosen: list[str] = []
+    monkeypatch.setattr(recover, "restore_component", lambda key, *_, **__: chosen.append(key))
+    full, child, newer = base(0), base(1, base(0).key), base(2)
+    for artifact in (full, child, newer):
+        catalog.add_artifact(artifact)
+
+    def damage(key: str) -> None:
+        line = Verification(
+            key=key, store="store", level="checksum", ok=False, taken=START, run_id=key, details={}
+        )
+        catalog.add_verification(line)
+
+    recover.recover_component.run("db", options={"to_lsn": child.details["parts"][0]["holds"]["stop_lsn"]})
+    recover.recover_component.run("db", options={"latest": True})
+    assert chosen == [child.key, newer.key]
+    damage(newer.key)
+    recover.recover_component.run("db", options={"latest": True})
+    assert chosen[2:] == [child.key]
+    damage(full.key)
+    assert recoverable() == []
+    with pytest.raises(Permanent, match=r"nothing can be recovered.*--base takes one of them all the same"):
+        recover.recover_component.run("db", options={"latest": True})
+    recover.recover_component.run("db", options={"latest": True}, archive=newer.key)
+    assert chosen[3:] == [newer.key]
+
+
 def test_increments_are_scheduled_for_the_servers_that_have_them_switched_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -130,13 +232,6 @@ def test_increments_are_scheduled_for_the_servers_that_have_them_switched_on(
             schedule.start_scheduled.run(job)
     full = [([name], {"base": "full"}) for name in ("old", "new")]
     assert started == [*full, (["new"], {"base": "incremental"})]
-
-
-@pytest.fixture
-def settings(tmp_path: Path) -> Iterator[Settings]:
-    more = f'[catalog]\nurl = "sqlite:///{tmp_path}/catalog.sqlite"\n'
-    with configured(write_settings(tmp_path, more=more)) as found:
-        yield found
 
 
 def test_a_parent_is_not_deleted_before_what_needs_it_nor_while_its_child_is_made(settings: Settings) -> None:

@@ -6,7 +6,7 @@ One fault at every storage call of a copy is in `tests/integration/test_storage_
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, cast
@@ -59,14 +59,19 @@ class World:
         self.offsite = offsite_
 
     def add(
-        self, key: str, content: bytes = b"archive " * 1000, kind: str = "files", created: datetime = NOW
+        self,
+        key: str,
+        content: bytes = b"archive " * 1000,
+        kind: str = "files",
+        created: datetime = NOW,
+        needs: Sequence[str] = (),
     ) -> Artifact:
         digest = Digest()
         self.source.put(key, digest.through([content]))
         run = RunRecord(id="20261122_020000", job="manual", started=NOW, finished=NOW)
         part = Part(
             name="part", component="settings", host="app1", kind=kind, codec="zstd", size=1, sha256="f", plain_size=1,
-            plain_sha256="f", started=created, finished=created, holds=BASE,
+            plain_sha256="f", started=created, finished=created, holds=BASE | ({"needs": list(needs)} if needs else {}),
         )  # fmt: skip
         metadata = Metadata(
             backup_time=created, system_version="1", components={}, system_name="shop", run=run, parts=(part,)
@@ -141,6 +146,15 @@ def test_what_the_offsite_retention_would_delete_at_once_is_not_copied(world: Wo
     catalog.drop_artifact(days[22])  # known by its record alone
     assert prune_archives("offsite", cast("Lease", Double()))["dropped"] == [days[20]]
     assert offsite.lacking(chosen) == []
+
+
+def test_an_increment_takes_its_parents_along_and_follows_them(world: World) -> None:
+    keys = [f"components/settings_backup_202611{day}_020000.tar.gz" for day in (19, 20, 21, 22)]
+    needs = [[], keys[:1], keys[:2], []]
+    for day, (key, needed) in enumerate(zip(keys, needs, strict=True), 19):
+        world.add(key, kind="postgres-base", created=NOW.replace(day=day), needs=needed)
+    chosen = world.offsite.model_copy(update={"what": ("base",)})
+    assert offsite.lacking(chosen) == [keys[3], *keys[:3]]
 
 
 def test_a_copy_is_the_same_has_its_record_and_is_made_once(world: World) -> None:

@@ -9,6 +9,7 @@ from workers.catalog.ledger import (
     Proof,
     add_verification,
     drop_verifications,
+    list_sound_artifacts,
     list_verifications,
     proofs,
 )
@@ -65,6 +66,7 @@ __all__ = [
     "list_artifacts",
     "list_copies",
     "list_runs",
+    "list_sound_artifacts",
     "list_verifications",
     "note",
     "now",

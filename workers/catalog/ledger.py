@@ -8,8 +8,9 @@ from datetime import datetime
 
 from sqlmodel import col, delete, select
 
+from workers.catalog.artifacts import list_artifacts
 from workers.catalog.database import session
-from workers.catalog.models import Verification
+from workers.catalog.models import Artifact, Verification
 
 LEVELS = ("exists", "checksum", "structure", "restore")
 """The levels of verification, each deeper than the one before it."""
@@ -25,6 +26,13 @@ class Proof:
     taken: datetime
     damaged: bool = False
     wrong: tuple[str, ...] = ()
+
+
+def list_sound_artifacts() -> list[Artifact]:
+    """Return the archives of the main store that are not known to be damaged, the newest first."""
+    standing = proofs(list_verifications())
+    damaged = {key for (table, key), proof in standing.items() if table == "store" and proof.damaged}
+    return [artifact for artifact in list_artifacts() if artifact.key not in damaged]
 
 
 def add_verification(verification: Verification) -> None:
