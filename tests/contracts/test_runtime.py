@@ -23,7 +23,7 @@ import pytest
 from tests.contracts.conftest import Place
 from workers.errors import BackupError, CommandFailed, Permanent, RuntimeUnavailable
 from workers.location import Location
-from workers.runtime import run, stream, sweep
+from workers.runtime import marker, run, stream, sweep
 from workers.runtime.docker import DockerRuntime
 from workers.runtime.docker_service import DockerService
 
@@ -420,12 +420,17 @@ class TestStoppedContainer:
         place.runtime.write_tree(PurePosixPath("/srv"), [original])
         assert entries(b"".join(place.runtime.read_tree(PurePosixPath("/srv/tree")))) == entries(original)
 
-    def test_helpers_that_are_left_are_removed(
-        self, place: Place, docker_client: docker.DockerClient
+    def test_helpers_that_are_left_are_removed_and_not_those_of_another_configuration(
+        self, place: Place, docker_client: docker.DockerClient, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         assert isinstance(place.runtime, DockerRuntime)
-        found: dict[str, str | list[str] | bool] = {"label": f"ai-micro-backup.component={place.component}"}
+        label = f"ai-micro-backup.component={marker(place.component)}"
+        found: dict[str, str | list[str] | bool] = {"label": label}
         abandoned = place.runtime.spawn(["sleep", "1000"])
+        assert len(docker_client.containers.list(filters=found)) == 1
+        with monkeypatch.context() as patch:
+            patch.setenv("AI_MICRO_BACKUP_CONFIG", "/etc/another.toml")
+            sweep(place.runtime, place.component)
         assert len(docker_client.containers.list(filters=found)) == 1
         sweep(place.runtime, place.component)
         assert docker_client.containers.list(all=True, filters=found) == []

@@ -92,7 +92,8 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
         moment = server.rows("SELECT clock_timestamp()")[0][0]
         server.execute("INSERT INTO notes VALUES ('c')")
         last = server.rows("SELECT pg_walfile_name(pg_switch_wal())")[0][0]
-        assert wait_until((server.archive / last).exists, timeout=60)
+        archived = "SELECT last_archived_wal FROM pg_stat_archiver"
+        assert wait_until(lambda: server.rows(archived) == [(last,)], timeout=60)
         table = {**server.settings("postgres", "main"), **server.control()}
         yield Cluster(server, Component.model_validate(table), made, moment)
     shutil.rmtree(folder)

@@ -79,7 +79,7 @@ class DockerRuntime:
     def remove_leftovers(self, component: str) -> bool:
         kill_own(marker(component))
         with translated(self._name):
-            filters = {"label": f"{HELPER_LABEL}={component}"}
+            filters = {"label": f"{HELPER_LABEL}={marker(component)}"}
             helpers = [found["Id"] for found in engine().containers(all=True, filters=filters)]
         for helper in helpers:
             remove(helper)
@@ -117,7 +117,7 @@ def start_helper(name: str, image: str, component: str, **mounts: Any) -> dict[s
             HELPER_COMMAND[1:],
             entrypoint=HELPER_COMMAND[:1],
             user=ROOT,
-            labels={HELPER_LABEL: component},
+            labels={HELPER_LABEL: marker(component)},
             host_config=host,
             healthcheck={"test": ["NONE"]},
         )["Id"]

@@ -31,7 +31,7 @@ KILL_SECONDS = 30
 NOT_STARTED = (126, 127)
 """Statuses of a guard that could not be started; one that ran is killed, by itself at the latest."""
 HELPER_LABEL = "ai-micro-backup.component"
-"""Label of the helper containers; its value is the component."""
+"""Label of the helper containers; its value is that of `MARKER`: another configuration's on this engine are not ours to remove."""
 
 
 class DockerProcess:
